@@ -1,0 +1,215 @@
+"""Messages to bytes and back: msgpack maps with a `type`, structured strictly by cattrs.
+
+Strict means: no coercion (cattrs would turn "7" into 7 and True into 1), no extra keys, no duplicate keys, no msgpack extension types.
+Whatever is wrong with the bytes of a peer comes out as one `ProtocolFault` that names the field.
+
+A message that is larger than a packet travels as `bulk`: see `wire`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
+
+import cattrs
+import msgpack
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+
+from luod_protocol import messages
+from luod_protocol.errors import FaultCode, ProtocolFault
+from luod_protocol.limits import MAX_BULK_BYTES
+
+
+class Tagged(Protocol):
+    """A message class: it knows its tag on the wire."""
+
+    type: ClassVar[str]
+
+
+T = TypeVar("T", bound=Tagged)
+
+
+def _exactly(kind: type) -> Callable[[Any, Any], Any]:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    return check
+
+
+def _number(value: Any, _: Any) -> float:
+    if type(value) not in (float, int):
+        raise TypeError(f"expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _is_tuple(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+def _is_dict(kind: Any) -> bool:
+    return get_origin(kind) is dict
+
+
+def _is_optional(kind: Any) -> bool:
+    return NoneType in get_args(kind)
+
+
+def strict_converter() -> cattrs.Converter:
+    """A converter that takes exactly what the classes say; use one for each set of messages."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (int, str, bytes, bool):
+        converter.register_structure_hook(kind, _exactly(kind))
+    converter.register_structure_hook(float, _number)
+
+    def structure_fact(value: Any, _: Any) -> messages.Fact:
+        if type(value) is int or type(value) is str:
+            return value
+        raise TypeError(f"expected int or str, got {type(value).__name__}")
+
+    def structure_tuple(value: Any, kind: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise TypeError(f"expected an array, got {type(value).__name__}")
+        items: list[Any] = value
+        item = get_args(kind)[0]
+        return tuple([converter.structure(each, item) for each in items])
+
+    def structure_dict(value: Any, kind: Any) -> dict[str, Any]:
+        item = get_args(kind)[1]
+        return {key: converter.structure(each, item) for key, each in as_map(value).items()}
+
+    def structure_optional(value: Any, kind: Any) -> Any:
+        if value is None:
+            return None
+        (item,) = (each for each in get_args(kind) if each is not NoneType)
+        return converter.structure(value, item)
+
+    # The last one registered is asked first.
+    converter.register_structure_hook_func(_is_tuple, structure_tuple)
+    converter.register_structure_hook_func(_is_dict, structure_dict)
+    converter.register_structure_hook_func(_is_optional, structure_optional)
+    converter.register_structure_hook_func(lambda kind: kind == messages.Fact, structure_fact)
+    return converter
+
+
+def _unique_keys(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    pairs = list(pairs)
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a map has the same key twice")
+    return result
+
+
+def as_map(value: object) -> dict[str, Any]:
+    """`value`, when it is a map with text keys.
+
+    Raises:
+        TypeError: it isn't.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a map, got {type(value).__name__}")
+    fields: dict[Any, Any] = value
+    for key in fields:
+        if type(key) is not str:
+            raise TypeError(f"expected text keys, got {type(key).__name__}")
+    return fields
+
+
+def unpack(data: bytes) -> object:
+    """One msgpack value from `data`, all of it.
+
+    Raises:
+        ProtocolFault: it is not exactly one msgpack value with text keys.
+    """
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ProtocolFault(FaultCode.MALFORMED, f"the packet is not one msgpack value: {reason}") from None
+
+
+def pack(value: Any) -> bytes:
+    """`value` as msgpack."""
+    return msgpack.packb(value, use_bin_type=True)
+
+
+class Codec(Generic[T]):
+    """Encodes and decodes one closed set of message classes, told apart by their `type`.
+
+    Args:
+        kinds: the message classes, each with a class attribute `type`.
+    """
+
+    def __init__(self, kinds: Iterable[type[T]]) -> None:
+        self._kinds: Mapping[str, type[T]] = {kind.type: kind for kind in kinds}
+        self._converter = strict_converter()
+        # Made now and not at the first use: a daemon must not compile (or import) anything in a pause.
+        self._structure: dict[type[T], Callable[[Any, Any], T]] = {}
+        self._unstructure: dict[type[T], Callable[[T], dict[str, Any]]] = {}
+        for kind in self._kinds.values():
+            hook = make_dict_structure_fn(kind, self._converter, _cattrs_forbid_extra_keys=True)
+            self._converter.register_structure_hook(kind, hook)
+            self._structure[kind] = hook
+            self._unstructure[kind] = make_dict_unstructure_fn(kind, self._converter)
+
+    def encode(self, message: T) -> bytes:
+        """`message` as the bytes of one packet (or of one bulk memfd, when they are too many)."""
+        fields = self._unstructure[type(message)](message)
+        return pack({"type": message.type, **fields})
+
+    def decode(self, data: bytes) -> T:
+        """The message in `data`.
+
+        Raises:
+            ProtocolFault: malformed, unknown or not as its class says; the text names the field.
+        """
+        try:
+            value = as_map(unpack(data))
+        except TypeError as error:
+            raise ProtocolFault(FaultCode.MALFORMED, f"a message is a map with text keys: {error}") from None
+        tag = value.pop("type", None)
+        kind = self._kinds.get(tag) if type(tag) is str else None
+        if kind is None:
+            known = ", ".join(sorted(self._kinds))
+            raise ProtocolFault(FaultCode.UNKNOWN_MESSAGE, f"unknown type {tag!s:.80}; known here: {known}")
+        try:
+            return self._structure[kind](value, kind)
+        except Exception as error:  # cattrs raises groups of whatever its hooks raise
+            why = "; ".join(cattrs.transform_error(error, path=tag)[:5])
+            raise ProtocolFault(FaultCode.MALFORMED, f"{why:.500}") from None
+
+
+BULK_TAG = "bulk"
+
+
+def encode_bulk(size: int) -> bytes:
+    """The packet that stands for a message of `size` bytes in a memfd."""
+    return pack({"type": BULK_TAG, "size": size})
+
+
+def bulk_size(data: bytes) -> int | None:
+    """The size of the message that `data` stands for, when it is a `bulk` packet, else None.
+
+    Raises:
+        ProtocolFault: it is one, and not as it must be.
+    """
+    if len(data) > 40 or b"bulk" not in data:
+        return None
+    try:
+        value = as_map(unpack(data))
+    except TypeError:
+        return None
+    if value.get("type") != BULK_TAG:
+        return None
+    size = value.get("size")
+    if set(value) != {"type", "size"} or type(size) is not int:
+        raise ProtocolFault(FaultCode.MALFORMED, "bulk has exactly one more field, the integer `size`")
+    if not 0 < size <= MAX_BULK_BYTES:
+        raise ProtocolFault(FaultCode.PACKET_TOO_LARGE, f"bulk of {size} bytes, at most {MAX_BULK_BYTES} are taken")
+    return size
+
+
+REQUESTS: Codec[messages.Request] = Codec(get_args(messages.Request))
+REPLIES: Codec[messages.Reply] = Codec(get_args(messages.Reply))

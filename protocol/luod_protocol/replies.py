@@ -1,0 +1,234 @@
+"""What luod answers, version 1 of the wire."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import attrs
+
+from luod_protocol.records import EntryInfo, Limits, SessionInfo
+
+
+@attrs.frozen(kw_only=True)
+class Welcome:
+    """To `hello`: the version in use, which daemon this is, and its limits."""
+
+    type: ClassVar[str] = "welcome"
+    seq: int
+    version: int
+    luod: str
+    generation: int
+    limits: Limits
+
+
+@attrs.frozen(kw_only=True)
+class DaemonStatus:
+    """To `status`. `open_fds` counts the daemon's descriptors, `preserved_fds` those inside its boxes.
+
+    `last_pause_us` is what the last handover to this daemon took from freeze to serving, in microseconds; 0 for a first generation.
+    """
+
+    type: ClassVar[str] = "daemon-status"
+    seq: int
+    luod: str
+    pid: int
+    generation: int
+    started_at: float
+    sessions_open: int
+    sessions_preserved: int
+    sessions_claimed: int
+    preserved_fds: int
+    staged_fds: int
+    connections: int
+    open_fds: int
+    last_pause_us: int
+
+
+@attrs.frozen(kw_only=True)
+class DaemonCapabilities:
+    """To `capabilities`.
+
+    `kinds` maps each kind to its handler's `compatible`. `survives` maps `daemon-upgrade`, `daemon-crash`, `service-restart`,
+    `soft-reboot` and `kexec` to the empty string for yes, else to the reason why not.
+    """
+
+    type: ClassVar[str] = "daemon-capabilities"
+    seq: int
+    kinds: dict[str, str]
+    survives: dict[str, str]
+
+
+@attrs.frozen(kw_only=True)
+class Opened:
+    """To `open`."""
+
+    type: ClassVar[str] = "opened"
+    seq: int
+    session_id: bytes
+
+
+@attrs.frozen(kw_only=True)
+class Preserved:
+    """To `preserve`: the entries as luod recognized them."""
+
+    type: ClassVar[str] = "preserved"
+    seq: int
+    entries: tuple[EntryInfo, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Unpreserved:
+    """To `unpreserve`."""
+
+    type: ClassVar[str] = "unpreserved"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Finalized:
+    """To `finalize`: luod has custody. `survives` holds for every entry; `entry_survives` says where entries differ."""
+
+    type: ClassVar[str] = "finalized"
+    seq: int
+    session_id: bytes
+    survives: tuple[str, ...]
+    entry_survives: dict[str, tuple[str, ...]]
+
+
+@attrs.frozen(kw_only=True)
+class Cancelled:
+    """To `cancel`."""
+
+    type: ClassVar[str] = "cancelled"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Listed:
+    """To `list`, oldest session first."""
+
+    type: ClassVar[str] = "listed"
+    seq: int
+    sessions: tuple[SessionInfo, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Shown:
+    """To `show`."""
+
+    type: ClassVar[str] = "shown"
+    seq: int
+    info: SessionInfo
+    metadata: bytes
+    entries: tuple[EntryInfo, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Claimed:
+    """To `claim`."""
+
+    type: ClassVar[str] = "claimed"
+    seq: int
+    info: SessionInfo
+    metadata: bytes
+    entries: tuple[EntryInfo, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Retrieved:
+    """To `retrieve`; the fds come with the packet, in the order of `names`."""
+
+    type: ClassVar[str] = "retrieved"
+    seq: int
+    names: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Released:
+    """To `release`."""
+
+    type: ClassVar[str] = "released"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Finished:
+    """To `finish`."""
+
+    type: ClassVar[str] = "finished"
+    seq: int
+    session_id: bytes
+
+
+@attrs.frozen(kw_only=True)
+class Discarded:
+    """To `discard`."""
+
+    type: ClassVar[str] = "discarded"
+    seq: int
+    session_id: bytes
+
+
+@attrs.frozen(kw_only=True)
+class Monitoring:
+    """To `monitor`."""
+
+    type: ClassVar[str] = "monitoring"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """On a monitoring connection: something happened. `lost` counts events dropped before this one, the reader being slow."""
+
+    type: ClassVar[str] = "event"
+    seq: int
+    at: float
+    event: str
+    session: str
+    session_id: bytes
+    owner: int
+    detail: str
+    lost: int
+
+
+@attrs.frozen(kw_only=True)
+class Upgraded:
+    """To `upgrade`, from the successor. `pause_us` is the time from freeze to serving, in microseconds."""
+
+    type: ClassVar[str] = "upgraded"
+    seq: int
+    generation: int
+    pid: int
+    predecessor_pid: int
+    pause_us: int
+
+
+@attrs.frozen(kw_only=True)
+class TakeoverOffered:
+    """To `takeover`: two fds come with the packet, the handover socket and a pidfd of this daemon."""
+
+    type: ClassVar[str] = "takeover-offered"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Refused:
+    """To any request: it is not granted and nothing changed. `code` and `errno` are stable, `message` is for a person."""
+
+    type: ClassVar[str] = "refused"
+    seq: int
+    code: str
+    errno: int
+    message: str
+    entry: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Fault:
+    """The last message on a connection whose peer broke the protocol."""
+
+    type: ClassVar[str] = "fault"
+    code: str
+    errno: int
+    message: str
