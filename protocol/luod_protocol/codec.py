@@ -72,7 +72,7 @@ def strict_converter() -> cattrs.Converter:
     def structure_tuple(value: Any, kind: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise TypeError(f"expected an array, got {type(value).__name__}")
-        items: list[Any] = value
+        items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]  # it is Any, and stays so
         item = get_args(kind)[0]
         return tuple([converter.structure(each, item) for each in items])
 
@@ -110,7 +110,7 @@ def as_map(value: object) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise TypeError(f"expected a map, got {type(value).__name__}")
-    fields: dict[Any, Any] = value
+    fields: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]  # it is Any, and stays so
     for key in fields:
         if type(key) is not str:
             raise TypeError(f"expected text keys, got {type(key).__name__}")
