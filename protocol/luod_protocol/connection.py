@@ -97,8 +97,8 @@ _WHERE: Final[Mapping[type[m.Request], frozenset[Endpoint]]] = {
     kind: frozenset(endpoint for (endpoint, _), row in TABLE.items() if kind in row) for kind in REPLY_TO
 }
 
-TAKEOVER_FDS: Final = 2
-"""The handover socket and the daemon's pidfd, with `takeover-offered`."""
+TAKEOVER_FDS: Final = 1
+"""The handover socket, with `takeover-offered`."""
 
 
 def after(endpoint: Endpoint, state: State, request: m.Request) -> State:

@@ -22,8 +22,8 @@ MAX_METADATA_BYTES: Final = 32 * 1024
 MAX_ENTRIES_PER_SESSION: Final = 16_384
 """A box of boxes holds 63,756; this leaves room and keeps a `show` reply within MAX_BULK_BYTES."""
 
-MAX_MANIFEST_BYTES: Final = 64 * 1024 * 1024
-"""The manifest of one session, metadata included."""
+MAX_MANIFEST_BYTES: Final = 15 * 1024 * 1024
+"""The manifest of one session, metadata included: below MAX_BULK_BYTES, so that `show` and `claim` can always tell it."""
 
 SESSION_ID_BYTES: Final = 16
 """A session's random id."""

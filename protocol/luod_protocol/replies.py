@@ -206,7 +206,7 @@ class Upgraded:
 
 @attrs.frozen(kw_only=True)
 class TakeoverOffered:
-    """To `takeover`: two fds come with the packet, the handover socket and a pidfd of this daemon."""
+    """To `takeover`: one fd comes with the packet, the handover socket. What is said there is between luods only."""
 
     type: ClassVar[str] = "takeover-offered"
     seq: int

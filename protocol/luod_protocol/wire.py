@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import array
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from luod_protocol.codec import bulk_size, encode_bulk
 from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
@@ -37,7 +37,7 @@ _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(MAX_FDS_PER_PACKET * _FD_BYTES)
 _FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 
 Ancillary: TypeAlias = list[tuple[int, int, bytes]]
-Received: TypeAlias = tuple[bytes, Ancillary, int, Any]
+Received: TypeAlias = tuple[bytes, Ancillary, int, object]
 
 
 class AsyncSocket(Protocol):
@@ -45,7 +45,7 @@ class AsyncSocket(Protocol):
 
     async def sendmsg(self, buffers: Iterable[bytes], ancdata: Iterable[tuple[int, int, bytes]] = ..., /) -> int: ...
 
-    async def recvmsg(self, bufsize: int, ancbufsize: int = ..., flags: int = ..., /) -> Received: ...
+    def recvmsg(self, bufsize: int, ancbufsize: int = ..., flags: int = ..., /) -> Awaitable[Received]: ...
 
 
 class Packet:

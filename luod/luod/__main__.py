@@ -1,0 +1,247 @@
+"""The daemon's command line: `luod`, or `python -m luod`.
+
+Happy path: check the machine, read the configuration, take the runtime directory, serve; or succeed a running luod and serve.
+
+Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import trio
+
+from luod import listening
+from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
+from luod.custody import Capacity
+from luod.handlers import kinds
+from luod.server import Server
+from luod.succession.channel import Channel
+from luod.succession.messages import Offer
+from luod.succession.new import Left, NewSide
+from luod.system import System
+from luod_protocol import messages as m
+from luod_protocol import wire
+from luod_protocol.connection import ClientConnection, refusal
+from luod_protocol.errors import LuodError, Refusal
+from luod_protocol.fds import OwnedFd
+from luod_protocol.messages import Endpoint
+from luod_protocol.paths import runtime_dir
+from luod_protocol.version import RELEASE, WIRE
+
+OLDEST_KERNEL: Final = (5, 15)
+"""pidfds are from 5.3, waitid(P_PIDFD) from 5.4; before 5.14 peeking at fds in flight raced with their collector (CVE-2021-0920)."""
+
+FD_TABLE: Final = 65_536
+"""The descriptor table is grown to this once, at the start: growing it later, with a thread alive, waits for an RCU grace period."""
+
+log = logging.getLogger("luod")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="luod", description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced."
+    )
+    parser.add_argument(
+        "--runtime-dir", metavar="DIR", help="where the sockets are (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
+    parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
+    parser.add_argument("--succeed-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"luod {RELEASE}")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="luod: %(message)s", stream=sys.stderr)
+    try:
+        _check_kernel()
+        directory = os.path.abspath(runtime_dir(options.runtime_dir, os.environ, os.geteuid()))
+        config = load(options.config)
+    except (Refusal, ConfigFault, _TooOld) as error:
+        log.error("%s", error)
+        return 2 if not isinstance(error, _TooOld) else 1
+    passed_on = ["--runtime-dir", directory]
+    if options.config:
+        passed_on += ["--config", os.path.abspath(options.config)]
+    _prepare_descriptors()
+    try:
+        handover = _ask_takeover(directory) if options.takeover else None
+        if options.succeed_fd is not None:
+            os.set_inheritable(options.succeed_fd, False)
+            handover = socket.socket(fileno=options.succeed_fd)
+        trio.run(_serve, config, directory, passed_on, handover)
+    except listening.AlreadyServed as error:
+        log.error("%s", error)
+        return 3
+    except (LuodError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+class _TooOld(LuodError):
+    """This machine can't run luod."""
+
+
+def _check_kernel() -> None:
+    release = os.uname().release
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    if numbers < OLDEST_KERNEL:
+        raise _TooOld(f"Linux {release} is too old: luod needs {OLDEST_KERNEL[0]}.{OLDEST_KERNEL[1]} or later")
+
+
+def _prepare_descriptors() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    last = min(default_max_open(), FD_TABLE) - 1
+    os.close(fcntl.fcntl(0 if _is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _capacity(config: Config) -> Capacity:
+    return Capacity(
+        sessions=config.limits.max_sessions,
+        staged_fds=max(0, default_max_open() - HEADROOM_FDS - config.limits.max_connections),
+        preserved_fds=preserved_fds(config.limits),
+    )
+
+
+def _ask_takeover(directory: str) -> socket.socket:
+    """Ask the luod that serves `directory` for a handover socket.
+
+    Raises:
+        LuodError: there is none, or it refuses.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+        try:
+            control.connect(f"{directory}/{Endpoint.CONTROL}")
+        except OSError as error:
+            raise Left(f"no luod to take over in {directory}: {error.strerror}; start one without --takeover") from None
+        protocol = ClientConnection(Endpoint.CONTROL)
+        for request in (
+            m.Hello(seq=protocol.next_seq(), low=WIRE.low, high=WIRE.high, client=f"luod {RELEASE} --takeover"),
+            m.Takeover(seq=protocol.next_seq()),
+        ):
+            wire.send(control, protocol.send(request, 0))
+            packet = wire.receive(control)
+            if packet is None:
+                raise Left("the running luod ended the connection")
+            with packet:
+                reply = protocol.receive(packet.data, len(packet.fds))
+                if isinstance(reply, m.Refused):
+                    raise refusal(reply)
+                if isinstance(reply, m.TakeoverOffered):
+                    return socket.socket(fileno=packet.fds.pop().take())
+    raise Left("the running luod offered nothing")
+
+
+async def _serve(config: Config, directory: str, options: Sequence[str], handover: socket.socket | None) -> None:
+    async with trio.open_nursery() as nursery:
+        system = System()
+        if handover is None:
+            server = _fresh(nursery, config, directory, options, system)
+            server.start()
+        else:
+            server = await _succeed(nursery, config, options, system, handover)
+        gc.collect()
+        gc.freeze()
+        print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
+        nursery.start_soon(_leave_when_replaced, server)
+        await _until_signal()
+        _say_goodbye(server)
+        listening.unbind(directory)
+        nursery.cancel_scope.cancel()
+
+
+def _fresh(nursery: trio.Nursery, config: Config, directory: str, options: Sequence[str], system: System) -> Server:
+    lock = listening.lock(directory)
+    try:
+        listeners = listening.bind(directory)
+        listening.sign(lock.fileno())
+    except BaseException:
+        lock.close()
+        raise
+    return Server(
+        nursery=nursery,
+        config=config,
+        options=options,
+        system=system,
+        directory=directory,
+        lock=lock,
+        listeners=listeners,
+        generation=1,
+        capacity=_capacity(config),
+    )
+
+
+async def _succeed(nursery: trio.Nursery, config: Config, options: Sequence[str], system: System, handover: socket.socket) -> Server:
+    servers: list[Server] = []
+
+    def build(offer: Offer, lock: OwnedFd, listeners: Mapping[str, OwnedFd]) -> Server:
+        server = Server(
+            nursery=nursery,
+            config=config,
+            options=options,
+            system=system,
+            directory=offer.directory,
+            lock=lock,
+            listeners={Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in listeners.items()},
+            generation=offer.generation + 1,
+            capacity=_capacity(config),
+            frozen=True,
+        )
+        for ended in offer.ended:
+            server.remember(ended)
+        servers.append(server)
+        return server
+
+    side = NewSide(channel=Channel(handover), kinds=kinds(), build=build)
+    gc.disable()
+    await side.run()
+    (server,) = servers
+    pause_us = system.monotonic_us() - side.since_us if side.since_us else 0
+    server.thaw(pause_us=pause_us, predecessor=side.predecessor, predecessor_pid=side.offer.pid if side.offer else 0)
+    server.start()
+    listening.sign(server.inheritance()[1][0])
+    gc.enable()
+    return server
+
+
+async def _leave_when_replaced(server: Server) -> None:
+    await server.replaced.wait()
+    # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
+    logging.shutdown()
+    os._exit(0)
+
+
+async def _until_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            return
+
+
+def _say_goodbye(server: Server) -> None:
+    held = [session for session in server.store if session.sealed is not None]
+    if held:
+        names = ", ".join(repr(session.name) for session in held[:5])
+        log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""One client's connection, as a task.
+
+Theory. A loop of three waits, each through the gate: send the reply that isn't sent yet, receive a request, and between them the work.
+At any freeze the task stands before one of the first two, so the connection is described by its protocol state and at most one unread
+reply.
+
+Happy path: hello, requests and replies, end. At the end the session that is tied to the connection is rolled back or released.
+
+Unhappy paths:
+1. The client doesn't speak the protocol: a last `fault`, end.
+2. The client doesn't read its replies: nothing more is read from it, and after `UNREAD_S` it is ended.
+3. The client connects and says nothing: ended after `HELLO_S`.
+4. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
+
+Invariants: fds that came with a request are owned here until a verb takes them. A connection is ended with shutdown(2), for a copy of
+it may live elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, Protocol
+
+import attrs
+import trio
+
+from luod.changes import Change
+from luod.custody import Capacity, Client, Custody
+from luod.gate import Gate
+from luod.orchestrator import Orchestrator
+from luod_protocol import messages as m
+from luod_protocol import wire
+from luod_protocol.connection import ServerConnection, State, agree, fault, refused
+from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
+from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.limits import (
+    MAX_BULK_BYTES,
+    MAX_ENTRIES_PER_SESSION,
+    MAX_FDS_PER_PACKET,
+    MAX_METADATA_BYTES,
+    MAX_NAME_BYTES,
+    MAX_PACKET_BYTES,
+)
+from luod_protocol.messages import Endpoint
+from luod_protocol.version import RELEASE
+
+HELLO_S: Final = 10.0
+"""How long a client may take to say hello, in seconds."""
+
+UNREAD_S: Final = 60.0
+"""How long a reply may stay unread while the client's socket is full, in seconds."""
+
+log = logging.getLogger("luod")
+
+
+class Host(Protocol):
+    """What a connection needs of the server."""
+
+    gate: Gate
+    orchestrator: Orchestrator
+    custody: Custody
+    capacity: Capacity
+    generation: int
+
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None: ...
+
+    def close_later(self, fds: Sequence[OwnedFd]) -> None: ...
+
+    def status(self, seq: int) -> m.DaemonStatus: ...
+
+    def refuse_peer(self, endpoint: Endpoint, uid: int) -> None: ...
+
+    def upgrade(self, connection: Connection, request: m.Upgrade) -> None: ...
+
+    def takeover(self, connection: Connection, request: m.Takeover) -> OwnedFd: ...
+
+    def left(self, connection: Connection) -> None: ...
+
+
+@attrs.define(kw_only=True, eq=False)
+class Unread:
+    """A reply on its way: the bytes, and fds that are owned until it is sent."""
+
+    data: bytes
+    fds: list[OwnedFd]
+
+
+class Connection:
+    """A connection that was accepted, or came from a predecessor.
+
+    Args:
+        host: the server.
+        sock: the connection; owned.
+        client: who is there.
+        protocol: where the conversation is.
+    """
+
+    def __init__(self, *, host: Host, sock: socket.socket, client: Client, protocol: ServerConnection) -> None:
+        sock.setblocking(False)
+        self.raw: Final = sock
+        self.client: Final = client
+        self.protocol: Final = protocol
+        self.unread: Unread | None = None
+        self.upgrade_seq = -1
+        """The `seq` of an upgrade request that is to be answered by whoever serves in the end, else -1."""
+        self.lost_events = 0
+        self._host = host
+        self._sock = trio.socket.from_stdlib_socket(sock)
+        self._answered = trio.Event()
+
+    async def run(self) -> None:
+        """Serve the client to the end of its connection."""
+        with self._host.gate.working():
+            try:
+                await self._serve()
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            except Exception:
+                log.exception("a request of process %d broke luod: this is a bug", self.client.process.pid)
+                await self._send_fault(ProtocolFault(FaultCode.INTERNAL, "luod has a bug here and logged it; this connection ends"))
+            finally:
+                self._end()
+
+    async def _serve(self) -> None:
+        while True:
+            await self._flush()
+            if self.upgrade_seq >= 0:
+                await self._host.gate.wait(self._answered.wait)
+                continue
+            if self.protocol.state is State.ENDED:
+                return
+            try:
+                packet = await self._receive()
+            except ProtocolFault as error:
+                await self._send_fault(error)
+                return
+            if packet is None:
+                return
+            await self._answer(packet)
+
+    async def _receive(self) -> wire.Packet | None:
+        with trio.move_on_after(HELLO_S if self.protocol.state is State.NEW else float("inf")):
+            return await self._host.gate.wait(lambda: wire.receive_async(self._sock))
+        raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
+
+    async def _flush(self) -> None:
+        unread = self.unread
+        if unread is None:
+            return
+        with trio.move_on_after(UNREAD_S) as scope:
+            await self._host.gate.wait(lambda: wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds]))
+            self.unread = None
+            # Never the last reference: the client or the box has one.
+            close_all(unread.fds)
+        if scope.cancelled_caught:
+            raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")
+
+    async def _answer(self, packet: wire.Packet) -> None:
+        try:
+            try:
+                request = self.protocol.receive(packet.data, len(packet.fds))
+                reply, fds = await self._grant(request, packet)
+            except ProtocolFault as error:
+                await self._send_fault(error)
+                return
+            if reply is not None:
+                self._queue(request, reply, fds)
+        finally:
+            if packet.fds:
+                self._host.close_later(packet.take_fds())
+
+    async def _grant(self, request: m.Request, packet: wire.Packet) -> tuple[m.Reply | None, Sequence[OwnedFd]]:
+        try:
+            self.protocol.begin(request)
+            match request:
+                case m.Hello():
+                    return self._welcome(request), ()
+                case m.Status():
+                    return self._host.status(request.seq), ()
+                case m.Monitor():
+                    return m.Monitoring(seq=request.seq), ()
+                case m.Upgrade():
+                    self._host.upgrade(self, request)
+                    self.upgrade_seq = request.seq
+                    self._answered = trio.Event()
+                    return None, ()
+                case m.Takeover():
+                    return m.TakeoverOffered(seq=request.seq), [self._host.takeover(self, request)]
+                case _:
+                    outcome = self._host.orchestrator.handle(self.client, request, packet.fds)
+                    await self._host.settle(outcome.changes, outcome.closing)
+                    return outcome.reply, outcome.fds
+        except Refusal as refusal:
+            return refused(request.seq, refusal), ()
+
+    def _welcome(self, hello: m.Hello) -> m.Welcome:
+        version = agree(hello)
+        self._host.refuse_peer(self.protocol.endpoint, self.client.uid)
+        return m.Welcome(
+            seq=hello.seq,
+            version=version,
+            luod=RELEASE,
+            generation=self._host.generation,
+            limits=m.Limits(
+                packet_bytes=MAX_PACKET_BYTES,
+                bulk_bytes=MAX_BULK_BYTES,
+                fds_per_packet=MAX_FDS_PER_PACKET,
+                name_bytes=MAX_NAME_BYTES,
+                metadata_bytes=MAX_METADATA_BYTES,
+                entries_per_session=MAX_ENTRIES_PER_SESSION,
+                preserved_fds=self._host.capacity.preserved_fds,
+            ),
+        )
+
+    def _queue(self, request: m.Request, reply: m.Reply, fds: Sequence[OwnedFd]) -> None:
+        data = self.protocol.send(reply)
+        if len(data) > MAX_BULK_BYTES:
+            # Only answers that look grow with what is held: a refusal takes nothing back.
+            too_large = Refusal(Code.TOO_LARGE, f"the answer has {len(data)} bytes, at most {MAX_BULK_BYTES} can be sent: ask for less")
+            data = self.protocol.send(refused(request.seq, too_large))
+        self.unread = Unread(data=data, fds=list(fds))
+
+    async def _send_fault(self, error: ProtocolFault) -> None:
+        with suppress(OSError):
+            wire.send(self.raw, self.protocol.send(fault(error)), flags=socket.MSG_DONTWAIT)
+
+    # ------------------------------------------------------------------------------------------------ for the server
+
+    def answer_upgrade(self, reply: m.Reply) -> None:
+        """Answer the upgrade request that waits here."""
+        self.protocol.begin(m.Upgrade(seq=reply.seq if not isinstance(reply, m.Fault) else 0))
+        self.unread = Unread(data=self.protocol.send(reply), fds=[])
+        self.upgrade_seq = -1
+        self._answered.set()
+
+    def notify(self, event: m.Event) -> None:
+        """Send an event to a client that monitors; count it as lost when its socket is full."""
+        if self.unread is not None:
+            self.lost_events += 1
+            return
+        try:
+            wire.send(self.raw, self.protocol.send(attrs.evolve(event, lost=self.lost_events)), flags=socket.MSG_DONTWAIT)
+        except OSError:
+            self.lost_events += 1
+        else:
+            self.lost_events = 0
+
+    def forget(self) -> None:
+        """Close it without a task having run: the client is told by the end of its connection."""
+        with suppress(OSError):
+            self.raw.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        if self.unread is not None:
+            self._host.close_later(self.unread.fds)
+            self.unread = None
+
+    def _end(self) -> None:
+        self.forget()
+        self._host.close_later(self._host.custody.lost(self.client))
+        self._host.left(self)

@@ -1,0 +1,213 @@
+"""What luod has in custody, and the rules that all verbs share.
+
+Theory. `Custody` holds the sessions and counts what they keep; who may see which session, and how one ends, is decided here once for all
+verbs. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a request.
+
+Invariants: `preserved_fds` counts the entries of all finalized sessions, `staged_fds` those of all open ones. A session belongs to one
+client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import attrs
+
+from luod import checks
+from luod.changes import Change
+from luod.lifecycle import SessionEvent, SessionState
+from luod.session import Session
+from luod.store import Ended, Store
+from luod.system import Process, System
+from luod_protocol import messages as m
+from luod_protocol.errors import Code, Refusal
+from luod_protocol.fds import OwnedFd
+
+ROOT: Final = 0
+
+
+@attrs.frozen(kw_only=True)
+class Capacity:
+    """What the daemon takes, all clients together.
+
+    `staged_fds` are those of open sessions, each a descriptor of the daemon; `preserved_fds` those in boxes, each in flight for the
+    daemon's uid.
+    """
+
+    sessions: int
+    staged_fds: int
+    preserved_fds: int
+
+
+@attrs.define(kw_only=True, eq=False)
+class Client:
+    """Who is at the other end of a connection, and the session that is tied to it."""
+
+    uid: int
+    process: Process
+    session: Session | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent."""
+
+    reply: m.Reply
+    fds: Sequence[OwnedFd] = ()
+    changes: Sequence[Change] = ()
+    closing: Sequence[OwnedFd] = ()
+
+
+Publish = Callable[[str, Session, str], None]
+
+
+class Custody:
+    """All sessions of one daemon.
+
+    Args:
+        system: clock and machine.
+        capacity: what to take.
+        generation: of this daemon.
+        publish: called with an event's name, its session and a detail, for those who monitor.
+    """
+
+    def __init__(self, *, system: System, capacity: Capacity, generation: int, publish: Publish) -> None:
+        self.store = Store()
+        self.preserved_fds = 0
+        self.staged_fds = 0
+        self.system: Final = system
+        self.capacity: Final = capacity
+        self.generation: Final = generation
+        self.publish: Final = publish
+
+    def lost(self, client: Client) -> list[OwnedFd]:
+        """A client is gone: roll its open session back (these fds are to be closed), or release its claim."""
+        session = client.session
+        if session is None:
+            return []
+        if session.state is SessionState.OPEN:
+            return self.end(client, session, SessionEvent.SERIALIZER_LOST, "rolled-back")
+        self.let_go(client, session, SessionEvent.CLAIMER_LOST)
+        return []
+
+    def adopt(self, session: Session) -> None:
+        """Take in a session from a succession: open, preserved or claimed."""
+        self.store.add(session)
+        if session.sealed is None:
+            self.staged_fds += session.size
+        else:
+            self.preserved_fds += session.size
+
+    def drop(self, session_id: bytes) -> list[OwnedFd]:
+        """Take out a session that was adopted from a predecessor, where it ended since. Returns the fds to close."""
+        session = self.store.by_id(session_id)
+        if session is None:
+            return []
+        self.store.remove(session)
+        self.preserved_fds -= session.size
+        return session.take_fds()
+
+    def count(self, state: SessionState) -> int:
+        """How many sessions are in `state`."""
+        return sum(session.state is state for session in self.store)
+
+    def end(self, client: Client, session: Session, event: SessionEvent, name: str) -> list[OwnedFd]:
+        """A session ends with `event`, published as `name`. Returns the fds to close."""
+        kept = session.sealed is not None
+        session.step(event)
+        if kept:
+            self.preserved_fds -= session.size
+            self.store.remember(
+                Ended(session_id=session.session_id, owner=session.owner, finished=event is SessionEvent.FINISH),
+            )
+        else:
+            self.staged_fds -= session.size
+        self.store.remove(session)
+        if client.session is session:
+            client.session = None
+        self.publish(name, session, f"{session.size} entries")
+        return session.take_fds()
+
+    def let_go(self, client: Client, session: Session, event: SessionEvent) -> None:
+        """A claim ends and the session is preserved again."""
+        session.step(event)
+        session.claimer = None
+        client.session = None
+        self.publish("released", session, "")
+
+    def owner(self, client: Client, wanted: int | None) -> int:
+        """The uid for which `client` acts.
+
+        Raises:
+            Refusal: it may not act for `wanted`.
+        """
+        if wanted is None or wanted == client.uid:
+            return client.uid
+        if client.uid != ROOT:
+            raise Refusal(Code.NOT_PERMITTED, f"uid {client.uid} can't act for uid {wanted}: only root can")
+        if wanted < 0:
+            raise Refusal(Code.BAD_REQUEST, f"{wanted} is no uid")
+        return wanted
+
+    def find(self, client: Client, request: m.Show | m.Claim | m.Discard) -> Session:
+        """The session that `request` means.
+
+        Raises:
+            Refusal: there is none that the client may see.
+        """
+        if bool(request.session) == bool(request.session_id):
+            raise Refusal(Code.BAD_REQUEST, f"{request.type} takes a session's name or its id, exactly one of them")
+        owner = self.owner(client, request.owner)
+        if request.session_id:
+            checks.session_id(request.session_id)
+            session = self.store.by_id(request.session_id)
+            self.refuse_ended(client, request.session_id)
+        else:
+            session = self.store.by_name(owner, request.session)
+        if session is None or not may_see(client, session):
+            what = f"{request.session[:64]!r}" if request.session else f"with id {request.session_id.hex()}"
+            raise Refusal(Code.NO_SUCH_SESSION, f"uid {owner} has no session {what}: `list` shows those that there are")
+        return session
+
+    def refuse_ended(self, client: Client, session_id: bytes) -> None:
+        """Refuse the id of a session that has ended, telling how."""
+        ended = self.store.ended(session_id)
+        if ended is not None and client.uid in (ROOT, ended.owner):
+            how = "finished" if ended.finished else "discarded"
+            raise Refusal(Code.SESSION_FINISHED, f"the session with this id was {how}; luod holds nothing of it any more")
+
+    def refuse_unless_free(self, session: Session, client: Client, *, force: bool) -> None:
+        """Refuse unless `client` may claim or discard the session now."""
+        if session.state is SessionState.OPEN:
+            raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is still open: it can be had once its client has finalized it")
+        if session.state is SessionState.CLAIMED:
+            pid = session.claimer.pid if session.claimer else 0
+            raise Refusal(
+                Code.SESSION_CLAIMED, f"session {session.name!r} is claimed by process {pid}: it is free when that one releases or ends"
+            )
+        holders = [each for each in session.retrieved_by if each != client.process and self.system.is_alive(each)]
+        if holders and not force:
+            pids = ", ".join(str(each.pid) for each in holders)
+            raise Refusal(
+                Code.STILL_HELD,
+                f"process {pids} has retrieved from session {session.name!r} and is alive, it may still use what it got: "
+                "end it first, or use force",
+            )
+
+
+def own(client: Client) -> Session:
+    """The session tied to the client's connection."""
+    if client.session is None:
+        raise Refusal(Code.OUT_OF_ORDER, "this connection has no session")
+    return client.session
+
+
+def may_see(client: Client, session: Session) -> bool:
+    """Whether the session exists for this client."""
+    return client.uid in (ROOT, session.owner)
+
+
+def no_entry(session: Session, name: str) -> Refusal:
+    """The refusal of a name that isn't there."""
+    return Refusal(Code.NO_SUCH_ENTRY, f"session {session.name!r} has no entry {name[:64]!r}: `show` lists its entries", entry=name[:255])

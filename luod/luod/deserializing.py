@@ -1,0 +1,121 @@
+"""The verbs of taking a session back: list, show, claim, retrieve, release, finish, discard.
+
+Happy path: claim, retrieve (any entries, in any order, any number of times), finish.
+
+Unhappy paths:
+1. A check fails: `Refusal`, and nothing has changed.
+2. The box can't be opened (EMFILE): `Refusal`; the session is as it was.
+3. The answer to a finish was lost, and it is asked again: `finished` again, for as long as the session is remembered.
+"""
+
+from __future__ import annotations
+
+from luod import checks, survival
+from luod.changes import Change, Departure, Retrieval
+from luod.custody import ROOT, Client, Custody, Outcome, may_see, no_entry, own
+from luod.lifecycle import SessionEvent
+from luod.session import Sealed, Session, entry_info
+from luod_protocol import box
+from luod_protocol import messages as m
+from luod_protocol.errors import Code, Refusal
+from luod_protocol.fds import OwnedFd
+from luod_protocol.limits import MAX_FDS_PER_PACKET
+
+
+class Deserializing:
+    """The verbs of the endpoint `deserialize`, over one custody."""
+
+    def __init__(self, custody: Custody) -> None:
+        self._custody = custody
+
+    def claim(self, client: Client, request: m.Claim, _: list[OwnedFd]) -> Outcome:
+        session = self._custody.find(client, request)
+        self._custody.refuse_unless_free(session, client, force=request.force)
+        session.step(SessionEvent.CLAIM)
+        session.claimer = client.process
+        client.session = session
+        self._custody.publish("claimed", session, f"by process {client.process.pid}")
+        return Outcome(
+            reply=m.Claimed(
+                seq=request.seq,
+                info=session.info(self._custody.system, survival.survived()),
+                metadata=session.metadata,
+                entries=tuple(entry_info(entry) for entry in session.contents),
+            )
+        )
+
+    def retrieve(self, client: Client, request: m.Retrieve, _: list[OwnedFd]) -> Outcome:
+        session = own(client)
+        sealed = _sealed(session)
+        if not 0 < len(request.names) <= MAX_FDS_PER_PACKET:
+            raise Refusal(
+                Code.TOO_LARGE, f"retrieve names 1 to {MAX_FDS_PER_PACKET} entries, these are {len(request.names)}: ask several times"
+            )
+        for name in request.names:
+            if name not in sealed.places:
+                raise no_entry(session, name)
+        try:
+            fds = box.look(sealed.box.fileno(), [sealed.places[name] for name in request.names])
+        except OSError as error:
+            raise Refusal(Code.SYSTEM_ERROR, f"luod can't open the box of session {session.name!r}: {error.strerror}; try again") from None
+        session.step(SessionEvent.RETRIEVE)
+        changes: list[Change] = []
+        if client.process not in session.retrieved_by:
+            session.retrieved_by.add(client.process)
+            changes.append(Retrieval(session_id=session.session_id, process=client.process))
+            self._custody.publish("retrieved", session, f"by process {client.process.pid}")
+        return Outcome(reply=m.Retrieved(seq=request.seq, names=request.names), fds=fds, changes=changes)
+
+    def release(self, client: Client, request: m.Release, _: list[OwnedFd]) -> Outcome:
+        self._custody.let_go(client, own(client), SessionEvent.RELEASE)
+        return Outcome(reply=m.Released(seq=request.seq))
+
+    def finish(self, client: Client, request: m.Finish, _: list[OwnedFd]) -> Outcome:
+        checks.session_id(request.session_id)
+        session = client.session
+        if session is None:
+            return self._finished_again(client, request)
+        if session.session_id != request.session_id:
+            raise Refusal(Code.BAD_REQUEST, f"this connection has claimed session {session.name!r}, which has another id")
+        closing = self._custody.end(client, session, SessionEvent.FINISH, "finished")
+        departure = Departure(session_id=session.session_id, owner=session.owner, finished=True)
+        return Outcome(reply=m.Finished(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+
+    def _finished_again(self, client: Client, request: m.Finish) -> Outcome:
+        ended = self._custody.store.ended(request.session_id)
+        if ended is not None and client.uid in (ROOT, ended.owner) and ended.finished:
+            return Outcome(reply=m.Finished(seq=request.seq, session_id=request.session_id))
+        session = self._custody.store.by_id(request.session_id)
+        if session is not None and may_see(client, session):
+            raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is {session.state} and not claimed here: claim it, then finish")
+        raise Refusal(Code.NO_SUCH_SESSION, "no session with this id is held, nor is one remembered as finished")
+
+    def discard(self, client: Client, request: m.Discard, _: list[OwnedFd]) -> Outcome:
+        session = self._custody.find(client, request)
+        self._custody.refuse_unless_free(session, client, force=request.force)
+        closing = self._custody.end(client, session, SessionEvent.DISCARD, "discarded")
+        departure = Departure(session_id=session.session_id, owner=session.owner, finished=False)
+        return Outcome(reply=m.Discarded(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+
+    def list_sessions(self, client: Client, request: m.List, _: list[OwnedFd]) -> Outcome:
+        owner = None if request.owner is None else self._custody.owner(client, request.owner)
+        seen = [each for each in self._custody.store if may_see(client, each) and owner in (None, each.owner)]
+        survives = survival.survived()
+        return Outcome(reply=m.Listed(seq=request.seq, sessions=tuple(each.info(self._custody.system, survives) for each in seen)))
+
+    def show(self, client: Client, request: m.Show, _: list[OwnedFd]) -> Outcome:
+        session = self._custody.find(client, request)
+        return Outcome(
+            reply=m.Shown(
+                seq=request.seq,
+                info=session.info(self._custody.system, survival.survived()),
+                metadata=session.metadata,
+                entries=tuple(entry_info(entry) for entry in session.contents),
+            )
+        )
+
+
+def _sealed(session: Session) -> Sealed:
+    if session.sealed is None:
+        raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is not finalized")
+    return session.sealed

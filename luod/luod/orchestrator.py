@@ -1,0 +1,55 @@
+"""What luod does for its clients: from a request to its verb.
+
+Theory. The orchestrator is called with one request at a time and answers at once: no verb waits, so nothing can come between its checks and
+its act. What has to be waited for it returns with the reply, as an `Outcome`: changes that a successor must know of first, and descriptors
+to close first. The server does that, then sends the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luod import survival
+from luod.custody import Client, Custody, Outcome
+from luod.deserializing import Deserializing
+from luod.handlers import kinds
+from luod.serializing import Serializing
+from luod_protocol import messages as m
+from luod_protocol.fds import OwnedFd
+
+
+class Orchestrator:
+    """The verbs of one daemon, over its custody."""
+
+    def __init__(self, custody: Custody) -> None:
+        serializing = Serializing(custody)
+        deserializing = Deserializing(custody)
+        self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome]] = {
+            m.Capabilities: _capabilities,
+            m.Open: serializing.open,
+            m.Preserve: serializing.preserve,
+            m.Unpreserve: serializing.unpreserve,
+            m.Finalize: serializing.finalize,
+            m.Cancel: serializing.cancel,
+            m.List: deserializing.list_sessions,
+            m.Show: deserializing.show,
+            m.Claim: deserializing.claim,
+            m.Retrieve: deserializing.retrieve,
+            m.Release: deserializing.release,
+            m.Finish: deserializing.finish,
+            m.Discard: deserializing.discard,
+        }
+
+    def handle(self, client: Client, request: m.Request, fds: list[OwnedFd]) -> Outcome:
+        """Do what `request` asks. `fds` came with it: those that are kept are taken out of the list.
+
+        Raises:
+            Refusal: it is not granted; nothing changed.
+        """
+        return self._verbs[type(request)](client, request, fds)
+
+
+def _capabilities(_: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
+    survives = {each.value: reason for each, reason in survival.reasons().items()}
+    return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds(), survives=survives))

@@ -1,0 +1,231 @@
+"""The verbs of a session's making: open, preserve, unpreserve, finalize, cancel.
+
+Happy path: each verb checks shape, permission, capacity and uniqueness in this order, then acts; finalize seals all into one box.
+
+Unhappy paths:
+1. A check fails: `Refusal`, and nothing has changed. fds that came with the request are the caller's to close.
+2. The kernel refuses (ETOOMANYREFS, EMFILE, EBUSY of a seal): `Refusal` with what it means; what was begun is undone, except seals already
+   added to memfds, which can't be taken off again: the refusal names them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from luod import checks, manifest, survival
+from luod.changes import Sealing
+from luod.custody import Client, Custody, Outcome, may_see, no_entry, own
+from luod.handlers import recognize
+from luod.handlers.base import Probe
+from luod.lifecycle import SessionEvent, SessionState
+from luod.session import Sealed, Session, Staged, entry_info
+from luod_protocol import box
+from luod_protocol import messages as m
+from luod_protocol.errors import Code, Refusal
+from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.limits import MAX_ENTRIES_PER_SESSION, MAX_MANIFEST_BYTES
+
+
+class Serializing:
+    """The verbs of the endpoint `serialize`, over one custody."""
+
+    def __init__(self, custody: Custody) -> None:
+        self._custody = custody
+
+    def open(self, client: Client, request: m.Open, _: list[OwnedFd]) -> Outcome:
+        checks.session_name(request.session)
+        checks.session_id(request.session_id)
+        checks.metadata(request.metadata, f"session {request.session!r}")
+        owner = self._custody.owner(client, request.owner)
+        if len(self._custody.store) >= self._custody.capacity.sessions:
+            raise Refusal(Code.LIMIT_REACHED, f"luod holds {len(self._custody.store)} sessions, its limit: finish or discard some")
+        existing = self._custody.store.by_name(owner, request.session)
+        if existing is not None:
+            raise Refusal(
+                Code.SESSION_EXISTS,
+                f"uid {owner} has a session {request.session!r} already ({existing.state}): "
+                "claim and finish it, discard it, or take another name",
+            )
+        if self._custody.store.by_id(request.session_id) is not None:
+            raise Refusal(Code.SESSION_EXISTS, "a session with this id exists: ids are random, make a new one for each session")
+        self._custody.refuse_ended(client, request.session_id)
+        session = Session(
+            session_id=request.session_id,
+            name=request.session,
+            owner=owner,
+            metadata=request.metadata,
+            opened_at=self._custody.system.now(),
+        )
+        self._custody.store.add(session)
+        client.session = session
+        self._custody.publish("opened", session, "")
+        return Outcome(reply=m.Opened(seq=request.seq, session_id=session.session_id))
+
+    def preserve(self, client: Client, request: m.Preserve, fds: list[OwnedFd]) -> Outcome:
+        session = own(client)
+        if not request.entries:
+            raise Refusal(Code.BAD_REQUEST, "preserve names at least one entry")
+        for spec in request.entries:
+            checks.entry_name(spec.name)
+            checks.metadata(spec.metadata, f"entry {spec.name!r}", spec.name)
+            for need in spec.needs:
+                checks.entry_name(need, what=f"entry {spec.name!r} refused, its need")
+        checks.unique(spec.name for spec in request.entries)
+        entries = [self._recognized(spec, fd.fileno()) for spec, fd in zip(request.entries, fds, strict=True)]
+        if session.size + len(entries) > MAX_ENTRIES_PER_SESSION:
+            raise Refusal(
+                Code.LIMIT_REACHED,
+                f"session {session.name!r} would have {session.size + len(entries)} entries, at most {MAX_ENTRIES_PER_SESSION} fit: "
+                "use several sessions",
+            )
+        if self._custody.staged_fds + len(entries) > self._custody.capacity.staged_fds:
+            raise Refusal(
+                Code.LIMIT_REACHED,
+                f"open sessions have {self._custody.staged_fds} fds here and {self._custody.capacity.staged_fds} is the limit: "
+                "finalize what is complete, then go on",
+            )
+        for entry in entries:
+            if entry.name in session.staged:
+                raise Refusal(
+                    Code.ENTRY_EXISTS,
+                    f"session {session.name!r} has an entry {entry.name!r} already: unpreserve it first, or take another name",
+                    entry=entry.name,
+                )
+        session.step(SessionEvent.PRESERVE)
+        for entry, fd in zip(entries, fds, strict=True):
+            session.staged[entry.name] = Staged(entry=entry, fd=fd)
+        fds.clear()
+        self._custody.staged_fds += len(entries)
+        return Outcome(reply=m.Preserved(seq=request.seq, entries=tuple(entry_info(entry) for entry in entries)))
+
+    def _recognized(self, spec: m.EntrySpec, fd: int) -> manifest.Entry:
+        probe = Probe(fd)
+        try:
+            handler = recognize(probe)
+        except Refusal as refusal:
+            raise Refusal(refusal.code, f"entry {spec.name!r} refused: {refusal.message}", entry=spec.name) from None
+        return manifest.Entry(
+            name=spec.name,
+            kind=handler.kind,
+            compatible=handler.compatible,
+            metadata=spec.metadata,
+            needs=spec.needs,
+            identity=probe.identity,
+            facts=handler.record(probe),
+        )
+
+    def unpreserve(self, client: Client, request: m.Unpreserve, _: list[OwnedFd]) -> Outcome:
+        session = own(client)
+        checks.unique(request.names)
+        for name in request.names:
+            if name not in session.staged:
+                raise no_entry(session, name)
+        session.step(SessionEvent.UNPRESERVE)
+        closing = [session.staged.pop(name).fd for name in request.names]
+        self._custody.staged_fds -= len(closing)
+        return Outcome(reply=m.Unpreserved(seq=request.seq), closing=closing)
+
+    def finalize(self, client: Client, request: m.Finalize, _: list[OwnedFd]) -> Outcome:
+        checks.session_id(request.session_id)
+        session = client.session
+        if session is None:
+            return self._finalized_again(client, request)
+        if session.session_id != request.session_id:
+            raise Refusal(Code.BAD_REQUEST, "this connection's session has another id: finalize with the id that it was opened with")
+        survival.demand(request.require)
+        for name in request.seal:
+            if name not in session.staged:
+                raise no_entry(session, name)
+        checks.needs({name: staged.entry.needs for name, staged in session.staged.items()})
+        if self._custody.preserved_fds + session.size > self._custody.capacity.preserved_fds:
+            raise Refusal(
+                Code.LIMIT_REACHED,
+                f"session {session.name!r} has {session.size} fds, luod holds {self._custody.preserved_fds} for its clients and "
+                f"{self._custody.capacity.preserved_fds} is the limit: finish or discard sessions, or raise limits.max_preserved_fds "
+                "(more needs a uid of luod's own with a high RLIMIT_NOFILE, or CAP_SYS_RESOURCE)",
+            )
+        self._seal_memfds(session, request.seal)
+        description = manifest.Manifest(
+            version=manifest.VERSIONS.high,
+            session_id=session.session_id,
+            session=session.name,
+            owner=session.owner,
+            metadata=session.metadata,
+            boot_id=self._custody.system.boot_id,
+            generation=self._custody.generation,
+            opened_at=session.opened_at,
+            finalized_at=self._custody.system.now(),
+            entries=tuple(session.contents),
+        )
+        session.sealed = Sealed.of(description, _boxed(description, session))
+        session.step(SessionEvent.FINALIZE)
+        staged, session.staged = session.staged, {}
+        self._custody.staged_fds -= len(staged)
+        self._custody.preserved_fds += len(staged)
+        # Never the last reference, the box has one: these closes can't block.
+        close_all(each.fd for each in staged.values())
+        client.session = None
+        self._custody.publish("finalized", session, f"{len(staged)} entries")
+        return Outcome(reply=_finalized(request, session), changes=[Sealing(session=session)])
+
+    def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> None:
+        bits = {name: checks.seal_bits(name, names) for name, names in wanted.items()}
+        for name in bits:
+            entry = session.staged[name].entry
+            if entry.kind != "memfd":
+                raise Refusal(Code.BAD_SEAL, f"entry {name!r} is a {entry.kind}: only memfds have seals", entry=name)
+            seals = fcntl.fcntl(session.staged[name].fd.fileno(), fcntl.F_GET_SEALS)
+            if seals & fcntl.F_SEAL_SEAL and bits[name] & ~seals:
+                raise Refusal(Code.BAD_SEAL, f"entry {name!r} takes no more seals: it was made without MFD_ALLOW_SEALING", entry=name)
+        done: list[str] = []
+        for name, added in bits.items():
+            staged = session.staged[name]
+            try:
+                fcntl.fcntl(staged.fd.fileno(), fcntl.F_ADD_SEALS, added & ~fcntl.fcntl(staged.fd.fileno(), fcntl.F_GET_SEALS))
+            except OSError as error:
+                why = "it is still mapped writable: unmap it first" if error.errno == errno.EBUSY else str(error)
+                before = f"; these are sealed already: {', '.join(done)}" if done else ""
+                raise Refusal(Code.BAD_SEAL, f"entry {name!r} can't be sealed: {why}{before}", entry=name) from None
+            done.append(name)
+            probe = Probe(staged.fd.fileno())
+            facts = recognize(probe).record(probe)
+            session.staged[name] = attrs.evolve(staged, entry=attrs.evolve(staged.entry, facts=facts))
+
+    def _finalized_again(self, client: Client, request: m.Finalize) -> Outcome:
+        session = self._custody.store.by_id(request.session_id)
+        if session is None or not may_see(client, session):
+            self._custody.refuse_ended(client, request.session_id)
+            raise Refusal(Code.NO_SUCH_SESSION, "no session with this id was finalized: open it and preserve its entries again")
+        if session.state is SessionState.OPEN:
+            raise Refusal(Code.OUT_OF_ORDER, "the session with this id is open on another connection, which alone can finalize it")
+        return Outcome(reply=_finalized(request, session))
+
+    def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
+        session = own(client)
+        return Outcome(reply=m.Cancelled(seq=request.seq), closing=self._custody.end(client, session, SessionEvent.CANCEL, "cancelled"))
+
+
+def _finalized(request: m.Finalize, session: Session) -> m.Finalized:
+    return m.Finalized(seq=request.seq, session_id=session.session_id, survives=survival.survived(), entry_survives={})
+
+
+def _boxed(description: manifest.Manifest, session: Session) -> OwnedFd:
+    data = manifest.encode(description)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise Refusal(Code.TOO_LARGE, f"the manifest of session {session.name!r} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} fit")
+    try:
+        return box.seal(data, [staged.fd.fileno() for staged in session.staged.values()])
+    except OSError as error:
+        if error.errno == errno.ETOOMANYREFS:
+            raise Refusal(
+                Code.LIMIT_REACHED,
+                "the kernel refuses more fds in flight for luod's uid (ETOOMANYREFS): finish or discard sessions, or give luod a uid of "
+                "its own with a higher RLIMIT_NOFILE",
+            ) from None
+        raise Refusal(
+            Code.SYSTEM_ERROR, f"session {session.name!r} can't be boxed: {error.strerror}; it is still open, try again"
+        ) from None

@@ -1,0 +1,411 @@
+"""The server: listens, runs the connections, and hands all of it over.
+
+Theory. One object owns what the daemon has: the lock, the listening sockets, the connections, and the orchestrator with the sessions. It is
+built thawed by a fresh daemon, or frozen by a successor, which fills it and then thaws it. All tasks are children of the one nursery.
+
+Happy path: `start()` begins to accept; `thaw()` lets everything move; `stop` or a successful upgrade ends the process.
+
+Unhappy paths:
+1. Descriptors run out: accepting pauses for `ACCEPT_PAUSE_S` and goes on; connections are limited below that.
+2. Closing a client's fd blocks: it happens in a thread, and only whoever asked for it waits.
+3. An upgrade fails: whoever asked is told why; everything else goes on.
+
+Invariants: one upgrade at a time. After a successor has committed, this process touches no client any more and exits at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from luod.changes import Change
+from luod.config import Config, all_uids_are_mapped, overflow_uid
+from luod.connection import Connection, Unread
+from luod.custody import ROOT, Capacity, Client, Custody
+from luod.gate import Gate
+from luod.lifecycle import SessionState
+from luod.orchestrator import Orchestrator
+from luod.session import Session
+from luod.store import Ended, Store
+from luod.succession.channel import Channel
+from luod.succession.messages import Connection as LiveConnection
+from luod.succession.old import HandoverFailed, OldSide
+from luod.succession.spawn import spawn
+from luod.system import Process, System
+from luod_protocol import messages as m
+from luod_protocol import wire
+from luod_protocol.connection import ServerConnection, State, fault, refused
+from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
+from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.messages import Endpoint
+from luod_protocol.version import RELEASE
+
+ACCEPT_PAUSE_S: Final = 0.1
+"""How long accepting pauses when there is no descriptor for a connection, in seconds."""
+
+PREDECESSOR_S: Final = 10.0
+"""How long a predecessor may take to end after the commit before it is killed, in seconds."""
+
+CLOSING_THREADS: Final = 64
+"""Threads that close clients' fds at the same time."""
+
+SO_PEERPIDFD: Final = 77
+"""include/uapi/asm-generic/socket.h, Linux 6.5 and later."""
+
+log = logging.getLogger("luod")
+
+
+class Server:
+    """See the module's text.
+
+    Args:
+        nursery: for all tasks.
+        config: the configuration.
+        options: command-line options that a successor gets.
+        system: clock and machine.
+        directory: the runtime directory.
+        lock: its lock; owned.
+        listeners: the listening sockets; owned.
+        generation: of this daemon.
+        capacity: what to take.
+        frozen: whether to begin with a closed gate.
+    """
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        config: Config,
+        options: Sequence[str],
+        system: System,
+        directory: str,
+        lock: OwnedFd,
+        listeners: Mapping[Endpoint, socket.socket],
+        generation: int,
+        capacity: Capacity,
+        frozen: bool = False,
+    ) -> None:
+        self.gate = Gate(is_open=not frozen)
+        self.system = system
+        self.boot_id = system.boot_id
+        self.directory = directory
+        self.generation = generation
+        self.capacity = capacity
+        self.started_at = system.now()
+        self.last_pause_us = 0
+        self.replaced = trio.Event()
+        """Set when a successor serves: this process must end now."""
+        self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
+        self.orchestrator = Orchestrator(self.custody)
+        self._nursery = nursery
+        self._config = config
+        self._options = options
+        self._lock = lock
+        self._listeners = dict(listeners)
+        self._connections: dict[Connection, None] = {}
+        self._upgrading: OldSide | None = None
+        self._closers = trio.CapacityLimiter(CLOSING_THREADS)
+        self._alone: trio.Event | None = None
+
+    @property
+    def store(self) -> Store:
+        """The sessions."""
+        return self.custody.store
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task among the daemon's."""
+        self._nursery.start_soon(task)
+
+    # -------------------------------------------------------------------------------------------------- serving clients
+
+    def start(self) -> None:
+        """Begin to accept, and run the connections that were adopted. While frozen nothing moves yet."""
+        for endpoint, listener in self._listeners.items():
+            self._nursery.start_soon(self._accept, endpoint, listener)
+        for connection in self._connections:
+            self._nursery.start_soon(connection.run)
+
+    async def _accept(self, endpoint: Endpoint, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        sock = trio.socket.from_stdlib_socket(listener)
+        with self.gate.working():
+            while True:
+                try:
+                    accepted, _ = await self.gate.wait(sock.accept)
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        log.warning("can't accept on %s: %s", endpoint, error.strerror)
+                        await self.gate.wait(_pause)
+                    continue
+                self._welcome(endpoint, socket.socket(fileno=accepted.detach()))
+
+    def _welcome(self, endpoint: Endpoint, sock: socket.socket) -> None:
+        if len(self._connections) >= self._config.limits.max_connections:
+            reason = f"luod has {len(self._connections)} connections, its limit: try again later"
+            with sock, suppress(OSError):
+                wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
+            return
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        client = Client(uid=uid & 0xFFFFFFFF, process=self.system.process(pid))
+        connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
+        self._connections[connection] = None
+        self._nursery.start_soon(connection.run)
+
+    def refuse_peer(self, endpoint: Endpoint, uid: int) -> None:
+        """Refuse a uid that has no business at `endpoint`.
+
+        Raises:
+            Refusal: not-permitted.
+        """
+        if endpoint is Endpoint.CONTROL and uid not in (ROOT, self.system.uid):
+            raise Refusal(Code.NOT_PERMITTED, f"control is for uid {self.system.uid} and root, not for uid {uid}")
+        if uid == overflow_uid() and not all_uids_are_mapped():
+            raise Refusal(
+                Code.NOT_PERMITTED,
+                f"your uid isn't mapped in luod's user namespace: it shows as {uid}, as all such uids do, and luod can't tell their owners "
+                "apart; run luod in the namespace of its clients",
+            )
+
+    def left(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self._connections.pop(connection, None)
+
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+        """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+
+        Cancelled: the fds are closed all the same."""
+        if self._upgrading is not None and changes:
+            await self._upgrading.tell(changes)
+        if closing:
+            await trio.to_thread.run_sync(close_all, list(closing), limiter=self._closers, abandon_on_cancel=True)
+            if self._alone is not None:
+                await self._alone.wait()
+
+    def close_later(self, fds: Sequence[OwnedFd]) -> None:
+        """Close fds whose closing nobody waits for, off the event loop."""
+        if fds:
+            self._nursery.start_soon(self._close, list(fds))
+
+    async def _close(self, fds: list[OwnedFd]) -> None:
+        try:
+            await trio.to_thread.run_sync(close_all, fds, limiter=self._closers, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("closing a client's fd: %s", error.strerror)
+
+    def status(self, seq: int) -> m.DaemonStatus:
+        """How the daemon is."""
+        return m.DaemonStatus(
+            seq=seq,
+            luod=RELEASE,
+            pid=os.getpid(),
+            generation=self.generation,
+            started_at=self.started_at,
+            sessions_open=self.custody.count(SessionState.OPEN),
+            sessions_preserved=self.custody.count(SessionState.PRESERVED),
+            sessions_claimed=self.custody.count(SessionState.CLAIMED),
+            preserved_fds=self.custody.preserved_fds,
+            staged_fds=self.custody.staged_fds,
+            connections=len(self._connections),
+            open_fds=len(os.listdir("/proc/self/fd")) - 1,
+            last_pause_us=self.last_pause_us,
+        )
+
+    def _publish(self, event: str, session: Session, detail: str) -> None:
+        self._tell_monitors(event, session.name, session.session_id, session.owner, detail)
+
+    def _tell_monitors(self, event: str, name: str, session_id: bytes, owner: int, detail: str) -> None:
+        watching = [each for each in self._connections if each.protocol.state is State.MONITORING]
+        for connection in watching:
+            connection.notify(
+                m.Event(seq=0, at=self.system.now(), event=event, session=name, session_id=session_id, owner=owner, detail=detail, lost=0)
+            )
+
+    # ---------------------------------------------------------------------------------------------------- handing over
+
+    def upgrade(self, connection: Connection, request: m.Upgrade) -> None:
+        """Start a successor and hand over to it. `connection` is answered by whoever serves in the end.
+
+        Raises:
+            Refusal: one is running, or the successor can't be started.
+        """
+        self._refuse_second_upgrade()
+        if request.program and not os.path.isabs(request.program):
+            raise Refusal(Code.BAD_REQUEST, f"the successor's program must be an absolute path, not {request.program!r:.100}")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                successor = spawn(request.program, self._options, theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        self._hand_over(ours, successor)
+
+    def takeover(self, connection: Connection, request: m.Takeover) -> OwnedFd:
+        """Hand over to the process that asks. Returns its end of the handover socket, owned by the caller.
+
+        Raises:
+            Refusal: one is running, or it isn't of this daemon's uid.
+        """
+        self._refuse_second_upgrade()
+        if connection.client.uid != self.system.uid:
+            raise Refusal(
+                Code.NOT_PERMITTED,
+                f"a successor runs as uid {self.system.uid} like this luod, not as uid {connection.client.uid}: start it so",
+            )
+        successor = _peer_pidfd(connection.raw, connection.client.process.pid)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._hand_over(ours, successor)
+        return OwnedFd(theirs.detach())
+
+    def _refuse_second_upgrade(self) -> None:
+        if self._upgrading is not None:
+            raise Refusal(Code.UPGRADE_RUNNING, "an upgrade is under way: wait for its end")
+
+    def _hand_over(self, sock: socket.socket, successor: OwnedFd) -> None:
+        self._upgrading = OldSide(host=self, channel=Channel(sock), successor=successor, bounds=self._config.handover)
+        self._nursery.start_soon(self._run_upgrade, self._upgrading)
+
+    async def _run_upgrade(self, upgrade: OldSide) -> None:
+        self._tell_monitors("upgrading", "", b"", self.system.uid, f"generation {self.generation}")
+        try:
+            await upgrade.run()
+        except HandoverFailed as failure:
+            reason = f"{failure}{upgrade.fate}"
+            log.error("upgrade failed, generation %d goes on serving: %s", self.generation, reason)
+            self._tell_monitors("upgrade-failed", "", b"", self.system.uid, reason)
+            for connection in [each for each in self._connections if each.upgrade_seq >= 0]:
+                message = f"the upgrade failed, generation {self.generation} goes on serving: {reason}"
+                connection.answer_upgrade(refused(connection.upgrade_seq, Refusal(Code.UPGRADE_FAILED, message)))
+        else:
+            self.replaced.set()
+        finally:
+            self._upgrading = None
+
+    def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
+        """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
+        return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
+
+    def wire_versions(self) -> set[int]:
+        """The versions that connected clients speak."""
+        return {each.protocol.version for each in self._connections if each.protocol.version}
+
+    def connections(self) -> Iterable[tuple[LiveConnection, Sequence[int], Session | None]]:
+        """Every live connection, as a successor gets it, with its fds (borrowed) and its session. Only while frozen."""
+        for connection in self._connections:
+            if connection.protocol.state is State.HANDED_OVER:
+                continue
+            session = connection.client.session
+            unread = connection.unread
+            fds = [connection.raw.fileno(), *(fd.fileno() for fd in unread.fds)] if unread else [connection.raw.fileno()]
+            live = LiveConnection(
+                endpoint=connection.protocol.endpoint,
+                version=connection.protocol.version,
+                state=connection.protocol.state,
+                client=connection.client.process,
+                session_id=session.session_id if session else b"",
+                unread=unread.data if unread else b"",
+                unread_fds=len(unread.fds) if unread else 0,
+                upgrade_seq=connection.upgrade_seq,
+                lost=connection.lost_events,
+            )
+            yield live, fds, session
+
+    # ------------------------------------------------------------------------------------------------------- inheriting
+
+    def adopt_session(self, session: Session) -> None:
+        """Take in a session from the predecessor."""
+        self.custody.adopt(session)
+
+    async def drop_session(self, ended: Ended) -> None:
+        """A session that came from the predecessor has ended there: close every copy."""
+        self.remember(ended)
+        await self.settle((), self.custody.drop(ended.session_id))
+
+    def remember(self, ended: Ended) -> None:
+        """Remember a session that ended in a predecessor."""
+        self.store.remember(ended)
+
+    def note_retrieval(self, session_id: bytes, process: Process) -> None:
+        """A process got fds of a session from the predecessor."""
+        session = self.store.by_id(session_id)
+        if session is not None:
+            session.retrieved_by.add(process)
+
+    def adopt_connection(self, live: LiveConnection, fds: list[OwnedFd]) -> None:
+        """Take in a live connection: its socket, then the fds of its unread reply."""
+        sock = socket.socket(fileno=fds.pop(0).take())
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        session = self.store.by_id(live.session_id) if live.session_id else None
+        client = Client(uid=uid & 0xFFFFFFFF, process=live.client, session=session)
+        if session is not None and session.state is SessionState.PRESERVED:
+            session.state = SessionState.CLAIMED
+            session.claimer = live.client
+        protocol = ServerConnection(Endpoint(live.endpoint), version=live.version, state=State(live.state))
+        connection = Connection(host=self, sock=sock, client=client, protocol=protocol)
+        connection.unread = Unread(data=live.unread, fds=fds) if live.unread else None
+        connection.upgrade_seq = live.upgrade_seq
+        connection.lost_events = live.lost
+        self._connections[connection] = None
+
+    def forget_live(self) -> None:
+        """The predecessor died before all connections were here: end those that are, and roll back what is tied to them."""
+        for connection in list(self._connections):
+            connection.forget()
+            self.close_later(self.custody.lost(connection.client))
+        self._connections.clear()
+
+    def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int) -> None:
+        """Serve: for a successor, right after its commit."""
+        self.last_pause_us = pause_us
+        if predecessor is not None:
+            self._alone = trio.Event()
+            self._nursery.start_soon(self._outlive, predecessor, self._alone)
+        self.gate.open()
+        for connection in [each for each in self._connections if each.upgrade_seq >= 0]:
+            connection.answer_upgrade(
+                m.Upgraded(
+                    seq=connection.upgrade_seq,
+                    generation=self.generation,
+                    pid=os.getpid(),
+                    predecessor_pid=predecessor_pid,
+                    pause_us=pause_us,
+                )
+            )
+        self._tell_monitors("upgraded", "", b"", self.system.uid, f"generation {self.generation}, pause {pause_us} us")
+
+    async def _outlive(self, predecessor: OwnedFd, alone: trio.Event) -> None:
+        with predecessor:
+            with trio.move_on_after(PREDECESSOR_S) as scope:
+                await trio.lowlevel.wait_readable(predecessor.fileno())
+            if scope.cancelled_caught:
+                log.warning("the predecessor did not end within %g s of the handover and is killed", PREDECESSOR_S)
+                with suppress(ProcessLookupError, PermissionError):
+                    signal.pidfd_send_signal(predecessor.fileno(), signal.SIGKILL)
+                with trio.move_on_after(PREDECESSOR_S):
+                    await trio.lowlevel.wait_readable(predecessor.fileno())
+        self._alone = None
+        alone.set()
+
+
+async def _pause() -> None:
+    await trio.sleep(ACCEPT_PAUSE_S)
+
+
+def _peer_pidfd(sock: socket.socket, pid: int) -> OwnedFd:
+    try:
+        return OwnedFd(struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, struct.calcsize("i")))[0])
+    except OSError:
+        # Before Linux 6.5: by pid, which is that of a process that waits for our answer.
+        try:
+            return OwnedFd(os.pidfd_open(pid))
+        except OSError as error:
+            raise Refusal(Code.UPGRADE_FAILED, f"process {pid} can't be watched: {error.strerror}") from None

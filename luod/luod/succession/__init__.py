@@ -1,0 +1,1 @@
+"""How the set of preserved sessions reaches the other side of a replacement. Today: to a successor process."""

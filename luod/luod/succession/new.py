@@ -1,0 +1,276 @@
+"""The successor's side of a handover: drives `new_table`.
+
+Theory. The successor is told everything twice-safe: sessions come as boxes, which are checked when they arrive; what changed since comes
+behind them on the same ordered socket. Live connections come last, and are not touched before the commit.
+
+Happy path: `run` says who it is, takes the offer, builds a server that is frozen, fills it, commits by sending `serving`, and returns with
+the server ready to be thawed.
+
+Unhappy paths: those of `new_table`. `Left` means that this process must end without having served.
+
+Invariants: nothing is read from a client, and nothing is accepted, before `run` returns. When the old daemon is dead, whatever was sent is
+read to the end first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import trio
+
+from luod import manifest, verify
+from luod.handlers.base import Mismatch
+from luod.manifest import ManifestFault, ManifestFromTheFuture
+from luod.session import Session, Staged
+from luod.store import Ended
+from luod.succession.channel import Channel
+from luod.succession.messages import (
+    VERSIONS,
+    Box,
+    Connection,
+    Copied,
+    Declined,
+    Frozen,
+    Gone,
+    Handover,
+    LetGo,
+    Meet,
+    Offer,
+    OpenSession,
+    Retrieved,
+    Serving,
+    StagedEntries,
+    Verified,
+)
+from luod.succession.new_table import NewEvent, NewState, step
+from luod.system import Process
+from luod_protocol.box import BoxFault
+from luod_protocol.errors import FaultCode, LuodError, ProtocolFault
+from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.version import RELEASE, WIRE
+
+DEATH_S = 5.0
+"""How long after the end of the socket the old daemon's death is waited for, in seconds: a killed process closes its files first."""
+
+
+class Left(LuodError):
+    """This successor must not serve; the old daemon does, or nobody can."""
+
+
+class Heir(Protocol):
+    """The frozen server that is filled. It owns every fd that it is given."""
+
+    boot_id: str
+
+    def adopt_session(self, session: Session) -> None: ...
+
+    async def drop_session(self, ended: Ended) -> None: ...
+
+    def note_retrieval(self, session_id: bytes, process: Process) -> None: ...
+
+    def adopt_connection(self, connection: Connection, fds: list[OwnedFd]) -> None: ...
+
+    def forget_live(self) -> None: ...
+
+
+BuildHeir = Callable[[Offer, OwnedFd, Mapping[str, OwnedFd]], Heir]
+"""The offer, the lock, the listening sockets by endpoint: to a server that is frozen."""
+
+
+class NewSide:
+    """One attempt to succeed.
+
+    Args:
+        channel: the socket to the old daemon; owned.
+        kinds: what the handlers here can verify, by kind.
+        build: makes the server, once there is an offer.
+    """
+
+    def __init__(self, *, channel: Channel, kinds: Mapping[str, str], build: BuildHeir) -> None:
+        self.state = NewState.STARTING
+        self.offer: Offer | None = None
+        self.since_us = 0
+        """When the freeze began, in microseconds of CLOCK_MONOTONIC; 0 when the old daemon died before."""
+        self.predecessor: OwnedFd | None = None
+        """The old daemon's pidfd, from the offer on; owned by whoever runs this."""
+        self._channel = channel
+        self._kinds = kinds
+        self._build = build
+        self._heir: Heir | None = None
+        self._sessions = 0
+        self._live = 0
+        self._opening: tuple[OpenSession, dict[str, Staged]] | None = None
+
+    async def run(self) -> None:
+        """Succeed. Returns when this process is the one to serve.
+
+        Raises:
+            Left: it must not.
+        """
+        try:
+            await self._send(
+                Meet(
+                    luod=RELEASE,
+                    pid=os.getpid(),
+                    handover=VERSIONS,
+                    wire=WIRE,
+                    manifest=manifest.VERSIONS,
+                    kinds={kind: (compatible,) for kind, compatible in self._kinds.items()},
+                )
+            )
+            while self.state not in (NewState.SERVING, NewState.LEFT):
+                await self._next()
+        except (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, ProtocolFault, OSError) as error:
+            self._channel.close(f"{error}")
+            raise Left(f"declined the handover: {error}") from error
+        finally:
+            self._drop_opening()
+            if self.state is not NewState.SERVING:
+                self._channel.close("the successor is ending")
+        self._channel.close()
+
+    async def _next(self) -> None:
+        received = await self._channel.receive()
+        if received is None:
+            await self._lost()
+            return
+        message, fds = received
+        try:
+            await self._take(message, fds)
+        finally:
+            close_all(fds)
+
+    async def _take(self, message: Handover, fds: list[OwnedFd]) -> None:
+        match message:
+            case Offer():
+                self._take_offer(message, fds)
+            case Declined():
+                self._step(NewEvent.REFUSED)
+                raise Left(f"the old daemon declined: {message.reason}")
+            case Box():
+                self._take_box(message, fds)
+            case Gone():
+                await self._ready_heir.drop_session(message.ended)
+                await self._send(LetGo(session_id=message.ended.session_id))
+            case Retrieved():
+                self._ready_heir.note_retrieval(message.session_id, message.process)
+            case Copied():
+                self._step(NewEvent.COPIED)
+                await self._send(Verified(sessions=self._sessions))
+            case OpenSession():
+                self._drop_opening()
+                self._opening = (message, {})
+            case StagedEntries():
+                self._take_staged(message, fds)
+            case Connection():
+                self._take_connection(message, fds)
+            case Frozen():
+                await self._take_frozen(message)
+            case _:
+                raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"the old daemon sent {message.type}, which is not its to send")
+
+    # ----------------------------------------------------------------------------------------------- what is preserved
+
+    def _take_offer(self, offer: Offer, fds: list[OwnedFd]) -> None:
+        self._step(NewEvent.OFFERED)
+        self.predecessor = fds.pop()
+        lock, *listeners = fds
+        fds.clear()
+        self._heir = self._build(offer, lock, dict(zip(offer.endpoints, listeners, strict=True)))
+        self.offer = offer
+
+    def _take_box(self, message: Box, fds: list[OwnedFd]) -> None:
+        heir = self._ready_heir
+        description = verify.boxed(fds[0].fileno(), heir.boot_id)
+        if description.session_id != message.session_id:
+            raise Mismatch("a box has another session's manifest")
+        heir.adopt_session(Session.adopted(description, fds.pop(), message.retrieved_by))
+        self._sessions += 1
+
+    # ---------------------------------------------------------------------------------------------------- what is live
+
+    def _take_staged(self, message: StagedEntries, fds: list[OwnedFd]) -> None:
+        if self._opening is None:
+            raise Mismatch("staged entries came without a session")
+        verify.entries(message.entries, fds, same_kernel=True)
+        for entry, fd in zip(message.entries, fds, strict=True):
+            self._opening[1][entry.name] = Staged(entry=entry, fd=fd)
+        fds.clear()
+
+    def _take_connection(self, message: Connection, fds: list[OwnedFd]) -> None:
+        heir = self._ready_heir
+        if self._opening is not None:
+            (opened, staged), self._opening = self._opening, None
+            if len(staged) != opened.entries or message.session_id != opened.session_id:
+                close_all(each.fd for each in staged.values())
+                raise Mismatch(f"open session {opened.name!r} came with {len(staged)} of {opened.entries} entries")
+            heir.adopt_session(
+                Session(
+                    session_id=opened.session_id,
+                    name=opened.name,
+                    owner=opened.owner,
+                    metadata=opened.metadata,
+                    opened_at=opened.opened_at,
+                    staged=staged,
+                )
+            )
+        moved = list(fds)
+        fds.clear()
+        heir.adopt_connection(message, moved)
+        self._live += 1
+
+    async def _take_frozen(self, message: Frozen) -> None:
+        if message.connections != self._live:
+            raise Mismatch(f"{self._live} of {message.connections} connections came")
+        self._step(NewEvent.FROZEN)
+        self.since_us = message.since_us
+        try:
+            self._channel.send_now(Serving())
+        except OSError:
+            await self._lost()
+        else:
+            self._step(NewEvent.COMMITTED)
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    async def _lost(self) -> None:
+        """The socket has ended: whose is the set now?"""
+        if not await self._old_is_dead():
+            self._step(NewEvent.LOST_ALIVE)
+            raise Left("the old daemon ended the handover")
+        before = self.state
+        self._step(NewEvent.OLD_DIED)
+        if before is not NewState.HOLDING:
+            self._drop_opening()
+            self._ready_heir.forget_live()
+
+    async def _old_is_dead(self) -> bool:
+        if self.predecessor is None:
+            return False
+        with trio.move_on_after(DEATH_S):
+            await trio.lowlevel.wait_readable(self.predecessor.fileno())
+            return True
+        return False
+
+    async def _send(self, message: Handover) -> None:
+        try:
+            await self._channel.send(message)
+        except BrokenPipeError:
+            # The old daemon is gone or has ended it: what it had sent is still to be read, and says which.
+            return
+
+    @property
+    def _ready_heir(self) -> Heir:
+        if self._heir is None:
+            raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, "the old daemon sent sessions before its offer")
+        return self._heir
+
+    def _drop_opening(self) -> None:
+        if self._opening is not None:
+            close_all(each.fd for each in self._opening[1].values())
+            self._opening = None
+
+    def _step(self, event: NewEvent) -> None:
+        self.state = step(self.state, event)

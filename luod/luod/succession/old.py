@@ -1,0 +1,350 @@
+"""The old daemon's side of a handover: drives `old_table`.
+
+Theory. The log is what makes the copy true: from the moment at which the copy begins, every change to the set of finalized sessions is sent
+to the successor before the client is answered (`tell`), on the same ordered socket as the copy. So at any moment the successor has all that
+was answered, and what a dead daemon had queued is still read.
+
+Happy path: `run` meets the successor, copies, freezes, sends what is live, and returns when `serving` was read. The process then ends.
+
+Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
+waited for it in `tell` goes on.
+
+Invariants: only receives are cancelled by the freeze; no step waits for a client; each wait for the successor is bounded.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import NoReturn, Protocol
+
+import trio
+
+from luod.changes import Change, Departure, Retrieval, Sealing
+from luod.config import HandoverTable
+from luod.gate import Gate
+from luod.session import Session
+from luod.store import Ended, Store
+from luod.succession.channel import Channel
+from luod.succession.messages import (
+    VERSIONS,
+    Box,
+    Copied,
+    Declined,
+    Frozen,
+    Gone,
+    Handover,
+    LetGo,
+    Meet,
+    Offer,
+    OpenSession,
+    Retrieved,
+    Serving,
+    StagedEntries,
+    Verified,
+)
+from luod.succession.messages import Connection as LiveConnection
+from luod.succession.old_table import OldEvent, OldState, step
+from luod.succession.skew import obstacles
+from luod.system import System
+from luod_protocol.errors import LuodError, ProtocolFault
+from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.version import RELEASE
+
+STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
+"""One is left for the memfd of a packet that has to travel as bulk."""
+
+LEAVE_S = 2.0
+"""How long a successor that was told to leave may take before it is killed, in seconds."""
+
+
+class HandoverFailed(LuodError):
+    """The successor did not take over; this daemon serves as before."""
+
+
+class Host(Protocol):
+    """What a handover needs of the server."""
+
+    gate: Gate
+    system: System
+    generation: int
+    started_at: float
+    directory: str
+
+    @property
+    def store(self) -> Store: ...
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
+
+    def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
+
+    def connections(self) -> Iterable[tuple[LiveConnection, Sequence[int], Session | None]]: ...
+
+    def wire_versions(self) -> set[int]: ...
+
+
+class OldSide:
+    """One attempt to hand over.
+
+    Args:
+        host: the server.
+        channel: the socket to the successor; owned.
+        successor: a pidfd of the successor; owned.
+        bounds: how long each step may take.
+    """
+
+    def __init__(self, *, host: Host, channel: Channel, successor: OwnedFd, bounds: HandoverTable) -> None:
+        self.state = OldState.SERVING
+        self.fate = ""
+        """How a failed successor that was a child of ours ended, for a person."""
+        self._host = host
+        self._channel = channel
+        self._since_us = 0
+        self._successor = successor
+        self._bounds = bounds
+        self._logging = False
+        self._over = trio.Event()
+        self._let_go: dict[bytes, trio.Event] = {}
+        self._post, self._events = trio.open_memory_channel[tuple[OldEvent, Handover | str]](math.inf)
+
+    # ------------------------------------------------------------------------------------------------------ the steps
+
+    async def run(self) -> None:
+        """Hand over. Returns when the successor serves.
+
+        Raises:
+            HandoverFailed: with the reason; everything is as before.
+        """
+        reason = "this daemon is stopping"
+        try:
+            try:
+                self._step(OldEvent.SUCCESSOR_STARTED)
+                self._host.start_soon(self._listen)
+                await self._meet()
+                await self._copy()
+                await self._freeze()
+                await self._commit()
+            except HandoverFailed as failure:
+                reason = str(failure)
+                raise
+        finally:
+            if self.state is OldState.REPLACED:
+                self._channel.close()
+                self._successor.close()
+            else:
+                self._logging = False
+                self._host.gate.open()
+                gc.enable()
+                self._channel.close(reason)
+                with trio.CancelScope(shield=True):
+                    await self._see_off()
+                self._over.set()
+
+    async def _meet(self) -> None:
+        event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
+        if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
+            self._fail(event, meet)
+        held = [entry for session in self._host.store for entry in session.contents]
+        manifests = {session.sealed.manifest.version for session in self._host.store if session.sealed is not None}
+        missing = obstacles(
+            meet,
+            manifests=manifests,
+            wires=self._host.wire_versions(),
+            kinds={(entry.kind, entry.compatible) for entry in held},
+        )
+        if missing:
+            self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
+        self._step(OldEvent.ACCEPTED)
+        endpoints, fds = self._host.inheritance()
+        offer = Offer(
+            luod=RELEASE,
+            pid=os.getpid(),
+            handover=VERSIONS.high,
+            generation=self._host.generation,
+            started_at=self._host.started_at,
+            directory=self._host.directory,
+            endpoints=endpoints,
+            ended=tuple(self._host.store.all_ended),
+        )
+        with OwnedFd(os.pidfd_open(os.getpid())) as pidfd:
+            await self._send(offer, [*fds, pidfd.fileno()])
+
+    async def _copy(self) -> None:
+        self._logging = True
+        for session in [each for each in self._host.store if each.sealed is not None]:
+            await self._send_box(session)
+        await self._send(Copied())
+        event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
+        if event is not OldEvent.VERIFIED:
+            self._fail(event, said)
+        self._step(event)
+
+    async def _freeze(self) -> None:
+        gc.disable()
+        self._since_us = self._host.system.monotonic_us()
+        self._host.gate.close()
+        with trio.move_on_after(self._bounds.freeze_s) as scope:
+            await self._host.gate.still()
+        if scope.cancelled_caught:
+            self._fail(OldEvent.LATE, f"a request was still being worked on {self._bounds.freeze_s:g} s after the freeze")
+        self._step(OldEvent.ALL_PARKED)
+
+    async def _commit(self) -> None:
+        with trio.move_on_after(self._bounds.commit_s):
+            try:
+                await self._send_live()
+                event, said = await self._events.receive()
+            except OSError:
+                event, said = await self._events.receive()
+            self._step(event)
+            if event is not OldEvent.SERVING_READ:
+                raise HandoverFailed(f"after the freeze: {said}")
+            return
+        self._step(OldEvent.LATE)
+        self._channel.deafen()
+        # The listener reads on to the end of the queue, which can't grow any more.
+        event, said = await self._events.receive()
+        event = OldEvent.QUEUE_EMPTY if event is OldEvent.LOST else event
+        self._step(event)
+        if event is not OldEvent.SERVING_READ:
+            raise HandoverFailed(f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze")
+
+    async def _send_live(self) -> None:
+        connections = 0
+        for live, fds, session in self._host.connections():
+            if session is not None and session.sealed is None:
+                await self._send_open(session)
+            await self._channel.send(live, fds)
+            connections += 1
+        await self._channel.send(Frozen(since_us=self._since_us, connections=connections, sessions=len(self._host.store)))
+
+    async def _send_open(self, session: Session) -> None:
+        await self._channel.send(
+            OpenSession(
+                session_id=session.session_id,
+                name=session.name,
+                owner=session.owner,
+                metadata=session.metadata,
+                opened_at=session.opened_at,
+                entries=session.size,
+            )
+        )
+        staged = list(session.staged.values())
+        for start in range(0, len(staged), STAGED_PER_PACKET):
+            part = staged[start : start + STAGED_PER_PACKET]
+            await self._channel.send(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
+
+    # -------------------------------------------------------------------------------------------------------- the log
+
+    async def tell(self, changes: Sequence[Change]) -> None:
+        """Log before reply: returns when the successor has been sent `changes`, and has closed its copies of what ended. Returns at
+        once when there is no successor to tell, and when this attempt has failed. Call it right after the change, without a checkpoint in
+        between: the log has the order of the changes."""
+        if not self._logging:
+            return
+        for change in changes:
+            try:
+                with trio.fail_after(self._bounds.copy_s):
+                    await self._tell(change)
+            except (OSError, trio.TooSlowError):
+                self._post.send_nowait((OldEvent.LATE, "the successor did not take the log"))
+                await self._over.wait()
+                return
+
+    async def _tell(self, change: Change) -> None:
+        match change:
+            case Sealing():
+                await self._send_box(change.session)
+            case Retrieval():
+                await self._channel.send(Retrieved(session_id=change.session_id, process=change.process))
+            case Departure():
+                ended = Ended(session_id=change.session_id, owner=change.owner, finished=change.finished)
+                done = self._let_go[change.session_id] = trio.Event()
+                await self._channel.send(Gone(ended=ended))
+                await done.wait()
+
+    async def _send_box(self, session: Session) -> None:
+        # A duplicate: the session may be finished while this waits for room.
+        if session.sealed is not None:
+            message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by))
+            with OwnedFd(os.dup(session.sealed.box.fileno())) as box:
+                await self._send(message, [box.fileno()])
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    async def _send(self, message: Handover, fds: Sequence[int] = ()) -> None:
+        try:
+            with trio.fail_after(self._bounds.copy_s):
+                await self._channel.send(message, fds)
+        except trio.TooSlowError:
+            self._fail(OldEvent.LATE, f"the successor took nothing for {self._bounds.copy_s:g} s")
+        except OSError:
+            event, said = await self._events.receive()
+            self._fail(event, said)
+
+    async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
+        with trio.move_on_after(seconds):
+            return await self._events.receive()
+        return OldEvent.LATE, f"{late} within {seconds:g} s"
+
+    def _step(self, event: OldEvent) -> None:
+        self.state = step(self.state, event)
+
+    def _fail(self, event: OldEvent, said: Handover | str) -> NoReturn:
+        if event in (OldEvent.DECLINED, OldEvent.LOST, OldEvent.LATE) and isinstance(said, str):
+            self._step(event)
+            raise HandoverFailed(said)
+        raise HandoverFailed(f"the successor sent {event} out of order")
+
+    async def _listen(self) -> None:
+        """Turn what the successor sends into events, to the end of the queue."""
+        while True:
+            try:
+                received = await self._channel.receive()
+            except (OSError, ProtocolFault, trio.ClosedResourceError) as error:
+                self._post.send_nowait((OldEvent.LOST, f"the successor can't be understood: {error}"))
+                return
+            if received is None:
+                self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
+                return
+            message, fds = received
+            close_all(fds)
+            match message:
+                case LetGo():
+                    waiting = self._let_go.pop(message.session_id, None)
+                    if waiting is not None:
+                        waiting.set()
+                case Meet():
+                    self._post.send_nowait((OldEvent.ACCEPTED, message))
+                case Verified():
+                    self._post.send_nowait((OldEvent.VERIFIED, message))
+                case Serving():
+                    self._post.send_nowait((OldEvent.SERVING_READ, message))
+                    return
+                case Declined():
+                    self._post.send_nowait((OldEvent.DECLINED, f"the successor declined: {message.reason}"))
+                case _:
+                    self._post.send_nowait((OldEvent.DECLINED, f"the successor sent {message.type}, which is not its to send"))
+
+    async def _see_off(self) -> None:
+        """Wait until the successor is gone, and with it its copies; kill it when it doesn't go."""
+        with self._successor:
+            with trio.move_on_after(LEAVE_S) as scope:
+                await trio.lowlevel.wait_readable(self._successor.fileno())
+            if scope.cancelled_caught:
+                with suppress(ProcessLookupError, PermissionError):
+                    signal.pidfd_send_signal(self._successor.fileno(), signal.SIGKILL)
+                with trio.move_on_after(LEAVE_S):
+                    await trio.lowlevel.wait_readable(self._successor.fileno())
+            with suppress(ChildProcessError):
+                ended = os.waitid(os.P_PIDFD, self._successor.fileno(), os.WEXITED | os.WNOHANG)  # noqa: ASYNC222  # WNOHANG
+                if ended is not None:
+                    how = "status" if ended.si_code == os.CLD_EXITED else "signal"
+                    self.fate = f" (it ended with {how} {ended.si_status})"
+            for waiting in self._let_go.values():
+                waiting.set()

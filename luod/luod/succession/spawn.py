@@ -1,0 +1,42 @@
+"""Start a successor: a fresh interpreter with the handover socket as its only inheritance."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from luod_protocol.errors import Code, Refusal
+from luod_protocol.fds import OwnedFd
+
+
+def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
+    """Start `program` (empty: this interpreter with `-m luod`) with `options` and the borrowed socket `handover`.
+
+    Returns:
+        A pidfd of the child, which the caller owns and reaps.
+
+    Raises:
+        Refusal: it can't be started.
+    """
+    # -P: never import from the folder that happens to be the current one.
+    command = [program] if program else [sys.executable, "-P", *_warnings(), "-m", "luod"]
+    inherited = os.dup(handover)
+    try:
+        os.set_inheritable(inherited, True)
+        command += [*options, "--succeed-fd", str(inherited)]
+        null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        pid = os.posix_spawn(command[0], command, os.environ, file_actions=null)
+        return OwnedFd(os.pidfd_open(pid))
+    except OSError as error:
+        raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]} can't be started: {error.strerror}") from None
+    finally:
+        os.close(inherited)
+
+
+def _warnings() -> list[str]:
+    """The interpreter's -X dev and -W options, passed on as subprocess does."""
+    options = ["-X", "dev"] if sys.flags.dev_mode else []
+    for warning in sys.warnoptions:
+        options += ["-W", warning]
+    return options
