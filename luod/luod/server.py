@@ -29,10 +29,11 @@ import trio
 
 from luod.changes import Change
 from luod.config import Config, all_uids_are_mapped, overflow_uid
-from luod.connection import Connection, Unread
+from luod.connection import Connection
 from luod.custody import ROOT, Capacity, Client, Custody
 from luod.gate import Gate
 from luod.lifecycle import SessionState
+from luod.live import describe, peer, revive
 from luod.orchestrator import Orchestrator
 from luod.session import Session
 from luod.store import Ended, Store
@@ -154,8 +155,8 @@ class Server:
             with sock, suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
             return
-        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        client = Client(uid=uid & 0xFFFFFFFF, process=self.system.process(pid))
+        pid, uid = peer(sock)
+        client = Client(uid=uid, process=self.system.process(pid))
         connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
         self._connections[connection] = None
         self._nursery.start_soon(connection.run)
@@ -303,21 +304,7 @@ class Server:
         for connection in self._connections:
             if connection.protocol.state is State.HANDED_OVER:
                 continue
-            session = connection.client.session
-            unread = connection.unread
-            fds = [connection.raw.fileno(), *(fd.fileno() for fd in unread.fds)] if unread else [connection.raw.fileno()]
-            live = LiveConnection(
-                endpoint=connection.protocol.endpoint,
-                version=connection.protocol.version,
-                state=connection.protocol.state,
-                client=connection.client.process,
-                session_id=session.session_id if session else b"",
-                unread=unread.data if unread else b"",
-                unread_fds=len(unread.fds) if unread else 0,
-                upgrade_seq=connection.upgrade_seq,
-                lost=connection.lost_events,
-            )
-            yield live, fds, session
+            yield (*describe(connection), connection.client.session)
 
     # ------------------------------------------------------------------------------------------------------- inheriting
 
@@ -342,18 +329,7 @@ class Server:
 
     def adopt_connection(self, live: LiveConnection, fds: list[OwnedFd]) -> None:
         """Take in a live connection: its socket, then the fds of its unread reply."""
-        sock = socket.socket(fileno=fds.pop(0).take())
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        session = self.store.by_id(live.session_id) if live.session_id else None
-        client = Client(uid=uid & 0xFFFFFFFF, process=live.client, session=session)
-        if session is not None and session.state is SessionState.PRESERVED:
-            session.state = SessionState.CLAIMED
-            session.claimer = live.client
-        protocol = ServerConnection(Endpoint(live.endpoint), version=live.version, state=State(live.state))
-        connection = Connection(host=self, sock=sock, client=client, protocol=protocol)
-        connection.unread = Unread(data=live.unread, fds=fds) if live.unread else None
-        connection.upgrade_seq = live.upgrade_seq
-        connection.lost_events = live.lost
+        connection = revive(self, live, fds)
         self._connections[connection] = None
 
     def forget_live(self) -> None:

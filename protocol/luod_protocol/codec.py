@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_args, get_origin
 
 import cattrs
 import msgpack
@@ -28,9 +28,10 @@ class Tagged(Protocol):
 
 
 T = TypeVar("T", bound=Tagged)
+Hook: TypeAlias = Callable[[Any, Any], Any]
 
 
-def _exactly(kind: type) -> Callable[[Any, Any], Any]:
+def _exactly(kind: type) -> Hook:
     def check(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
@@ -69,27 +70,33 @@ def strict_converter() -> cattrs.Converter:
             return value
         raise TypeError(f"expected int or str, got {type(value).__name__}")
 
-    def structure_tuple(value: Any, kind: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise TypeError(f"expected an array, got {type(value).__name__}")
-        items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]  # it is Any, and stays so
+    # Factories, so that a class's hooks are all made when its codec is, and none at the first message: that may be in a pause.
+    def tuple_hook(kind: Any) -> Hook:
         item = get_args(kind)[0]
-        return tuple([converter.structure(each, item) for each in items])
+        hook = converter.get_structure_hook(item)
 
-    def structure_dict(value: Any, kind: Any) -> dict[str, Any]:
+        def structure_tuple(value: Any, _: Any) -> tuple[Any, ...]:
+            if not isinstance(value, list):
+                raise TypeError(f"expected an array, got {type(value).__name__}")
+            items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]  # it is Any, and stays so
+            return tuple([hook(each, item) for each in items])
+
+        return structure_tuple
+
+    def dict_hook(kind: Any) -> Hook:
         item = get_args(kind)[1]
-        return {key: converter.structure(each, item) for key, each in as_map(value).items()}
+        hook = converter.get_structure_hook(item)
+        return lambda value, _: {key: hook(each, item) for key, each in as_map(value).items()}
 
-    def structure_optional(value: Any, kind: Any) -> Any:
-        if value is None:
-            return None
+    def optional_hook(kind: Any) -> Hook:
         (item,) = (each for each in get_args(kind) if each is not NoneType)
-        return converter.structure(value, item)
+        hook = converter.get_structure_hook(item)
+        return lambda value, _: None if value is None else hook(value, item)
 
     # The last one registered is asked first.
-    converter.register_structure_hook_func(_is_tuple, structure_tuple)
-    converter.register_structure_hook_func(_is_dict, structure_dict)
-    converter.register_structure_hook_func(_is_optional, structure_optional)
+    converter.register_structure_hook_factory(_is_tuple, tuple_hook)
+    converter.register_structure_hook_factory(_is_dict, dict_hook)
+    converter.register_structure_hook_factory(_is_optional, optional_hook)
     converter.register_structure_hook_func(lambda kind: kind == messages.Fact, structure_fact)
     return converter
 
