@@ -18,7 +18,7 @@ one to the next has no checkpoint in between.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class Gate:
         self._waits: set[trio.CancelScope] = set()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> Generator[None, None, None]:
         """Everything that a task does, waits included."""
         self._inside += 1
         try:

@@ -1,0 +1,73 @@
+"""The kinds of fds that luod takes: the table of handlers, and why a fd that none of them knows is refused."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from typing import Final
+
+from luod.handlers.base import Handler, Probe
+from luod.handlers.eventfd import Eventfd
+from luod.handlers.memfd import Memfd
+from luod.handlers.pipe import Pipe
+from luod.handlers.socket import FAMILIES, Socket, family
+from luod_protocol.errors import Code, Refusal
+
+HANDLERS: Final[tuple[Handler, ...]] = (Memfd(), Socket(), Pipe(), Eventfd())
+"""Asked in this order; exactly one recognizes a fd, so the order is for speed only."""
+
+_BY_KIND: Final[Mapping[str, Handler]] = {handler.kind: handler for handler in HANDLERS}
+
+_INSTEAD: Final[Mapping[int, str]] = {
+    stat.S_IFREG: "a regular file: its path outlives any process, preserve the path or copy the content into a memfd",
+    stat.S_IFDIR: "a directory: open it again by its path",
+    stat.S_IFBLK: "a block device: open it again by its path",
+    stat.S_IFCHR: "a character device of a kind that luod doesn't know: open it again by its path",
+    stat.S_IFIFO: "a named FIFO: open it again by its path",
+    stat.S_IFLNK: "a symbolic link opened with O_PATH: open it again by its path",
+}
+
+_ANONYMOUS: Final[Mapping[str, str]] = {
+    "[eventpoll]": "an epoll: make a new one and add the retrieved fds to it",
+    "kvm-vm": "a KVM virtual machine, which works in the process that made it only: save its state in a memfd and make a new one",
+    "kvm-vcpu": "a KVM vCPU, which works in the process that made it only: save its registers in a memfd and make a new one",
+    "[io_uring]": "an io_uring: make a new one",
+    "[userfaultfd]": "a userfaultfd, which belongs to one process's memory: make a new one",
+    "[timerfd]": "a timerfd: make a new one",
+    "[signalfd]": "a signalfd: make a new one",
+    "[pidfd]": "a pidfd: open it again by the pid",
+    "inotify": "an inotify: make a new one",
+}
+
+
+def recognize(probe: Probe) -> Handler:
+    """The handler of the fd's kind.
+
+    Raises:
+        Refusal: kind-not-supported, with what it seems to be and what to do instead.
+    """
+    for handler in HANDLERS:
+        if handler.recognize(probe):
+            return handler
+    raise Refusal(Code.KIND_NOT_SUPPORTED, f"this fd is {_instead(probe)}. luod takes {', '.join(_BY_KIND)}")
+
+
+def by_kind(kind: str) -> Handler | None:
+    """The handler of `kind`."""
+    return _BY_KIND.get(kind)
+
+
+def kinds() -> dict[str, str]:
+    """Every kind and its handler's `compatible`."""
+    return {kind: handler.compatible for kind, handler in _BY_KIND.items()}
+
+
+def _instead(probe: Probe) -> str:
+    if probe.type == stat.S_IFSOCK:
+        known = ", ".join(FAMILIES.values())
+        return f"a socket of address family {family(probe.fd)}, of which luod knows nothing ({known} are taken): make a new one"
+    if probe.type in _INSTEAD:
+        return _INSTEAD[probe.type]
+    name = probe.link.removeprefix("anon_inode:")
+    known_kind = next((text for prefix, text in _ANONYMOUS.items() if name.startswith(prefix)), None)
+    return known_kind or f"{name}, a kind that luod doesn't know: make a new one"
