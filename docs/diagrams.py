@@ -43,7 +43,7 @@ def drawn(text: str) -> str:
     """`text` with every diagram as the code has it."""
     for name, (table, first) in TABLES.items():
         block = f"<!-- table {name} -->\n{diagram(table, first)}\n<!-- end -->"
-        text, found = re.subn(rf"<!-- table {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+        text, found = re.subn(rf"<!-- table {name} -->.*?<!-- end -->", block.replace("\\", r"\\"), text, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"{DOCUMENT.name} has {found} places for the table {name!r}, it must have one")
     return text
