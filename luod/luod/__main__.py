@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 import trio
 
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LuodError, OSError) as error:
         log.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        return 0
     return 0
 
 
@@ -164,9 +166,13 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
         print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
         nursery.start_soon(_leave_when_replaced, server)
         await _until_signal()
+        await server.stop_upgrading()
+        if server.replaced.is_set():
+            await trio.sleep_forever()
         _say_goodbye(server)
         listening.unbind(directory)
         nursery.cancel_scope.cancel()
+    _exit()
 
 
 def _fresh(nursery: trio.Nursery, config: Config, directory: str, options: Sequence[str], system: System) -> Server:
@@ -226,7 +232,13 @@ async def _succeed(nursery: trio.Nursery, config: Config, options: Sequence[str]
 async def _leave_when_replaced(server: Server) -> None:
     await server.replaced.wait()
     # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
+    _exit()
+
+
+def _exit() -> NoReturn:
+    # The kernel closes what is held, all at once; tearing the interpreter down would only close it one by one.
     logging.shutdown()
+    sys.stderr.flush()
     os._exit(0)
 
 

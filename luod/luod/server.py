@@ -116,6 +116,7 @@ class Server:
         self._upgrading: OldSide | None = None
         self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
+        self._abandoned: list[OwnedFd] = []
 
     @property
     def store(self) -> Store:
@@ -193,7 +194,10 @@ class Server:
 
     def close_later(self, fds: Sequence[OwnedFd]) -> None:
         """Close fds whose closing nobody waits for, off the event loop."""
-        if fds:
+        if fds and self._nursery.cancel_scope.cancel_called:
+            # The process ends now, and the kernel closes them.
+            self._abandoned += fds
+        elif fds:
             self._nursery.start_soon(self._close, list(fds))
 
     async def _close(self, fds: list[OwnedFd]) -> None:
@@ -290,6 +294,11 @@ class Server:
             self.replaced.set()
         finally:
             self._upgrading = None
+
+    async def stop_upgrading(self) -> None:
+        """Before this daemon ends: give a running upgrade up, or wait until it is through."""
+        if self._upgrading is not None:
+            await self._upgrading.stop()
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""

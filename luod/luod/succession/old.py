@@ -109,6 +109,8 @@ class OldSide:
         self._bounds = bounds
         self._logging = False
         self._over = trio.Event()
+        self._deaf = trio.Event()
+        self._serving_read = False
         self._let_go: dict[bytes, trio.Event] = {}
         self._post, self._events = trio.open_memory_channel[tuple[OldEvent, Handover | str]](math.inf)
 
@@ -122,18 +124,18 @@ class OldSide:
         """
         reason = "this daemon is stopping"
         try:
-            try:
-                self._step(OldEvent.SUCCESSOR_STARTED)
-                self._host.start_soon(self._listen)
-                await self._meet()
-                await self._copy()
-                await self._freeze()
-                await self._commit()
-            except HandoverFailed as failure:
-                reason = str(failure)
-                raise
+            self._step(OldEvent.SUCCESSOR_STARTED)
+            self._host.start_soon(self._listen)
+            await self._meet()
+            await self._copy()
+            await self._freeze()
+            await self._commit()
+        except HandoverFailed as failure:
+            reason = str(failure)
+            raise
         finally:
-            if self.state is OldState.REPLACED:
+            if self.state in (OldState.FROZEN, OldState.DRAINING, OldState.REPLACED):
+                # Replaced; or this process is ending in the middle, and its successor will find it dead and serve.
                 self._channel.close()
                 self._successor.close()
             else:
@@ -143,7 +145,7 @@ class OldSide:
                 self._channel.close(reason)
                 with trio.CancelScope(shield=True):
                     await self._see_off()
-                self._over.set()
+            self._over.set()
 
     async def _meet(self) -> None:
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
@@ -195,24 +197,22 @@ class OldSide:
         self._step(OldEvent.ALL_PARKED)
 
     async def _commit(self) -> None:
+        event: OldEvent = OldEvent.LATE
+        said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
-            try:
+            with suppress(OSError):
                 await self._send_live()
-                event, said = await self._events.receive()
-            except OSError:
-                event, said = await self._events.receive()
-            self._step(event)
-            if event is not OldEvent.SERVING_READ:
-                raise HandoverFailed(f"after the freeze: {said}")
+            event, said = await self._events.receive()
+        self._step(event)
+        if event is OldEvent.SERVING_READ:
             return
-        self._step(OldEvent.LATE)
         self._channel.deafen()
         # The listener reads on to the end of the queue, which can't grow any more.
-        event, said = await self._events.receive()
-        event = OldEvent.QUEUE_EMPTY if event is OldEvent.LOST else event
-        self._step(event)
-        if event is not OldEvent.SERVING_READ:
-            raise HandoverFailed(f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze")
+        await self._deaf.wait()
+        found = OldEvent.SERVING_READ if self._serving_read else OldEvent.QUEUE_EMPTY
+        self._step(found)
+        if found is OldEvent.QUEUE_EMPTY:
+            raise HandoverFailed(f"after the freeze: {said}")
 
     async def _send_live(self) -> None:
         connections = 0
@@ -238,6 +238,11 @@ class OldSide:
         for start in range(0, len(staged), STAGED_PER_PACKET):
             part = staged[start : start + STAGED_PER_PACKET]
             await self._channel.send(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
+
+    async def stop(self) -> None:
+        """This daemon is to end: give up, unless the successor has everything already; returns when it is decided."""
+        self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
+        await self._over.wait()
 
     # -------------------------------------------------------------------------------------------------------- the log
 
@@ -303,6 +308,12 @@ class OldSide:
 
     async def _listen(self) -> None:
         """Turn what the successor sends into events, to the end of the queue."""
+        try:
+            await self._listen_to_end()
+        finally:
+            self._deaf.set()
+
+    async def _listen_to_end(self) -> None:
         while True:
             try:
                 received = await self._channel.receive()
@@ -324,6 +335,7 @@ class OldSide:
                 case Verified():
                     self._post.send_nowait((OldEvent.VERIFIED, message))
                 case Serving():
+                    self._serving_read = True
                     self._post.send_nowait((OldEvent.SERVING_READ, message))
                     return
                 case Declined():

@@ -1,18 +1,18 @@
 """The old daemon's side of a handover, as a table.
 
 Theory. Until it has read `serving` the old daemon is the only authority; from then on it must never serve again. Between the freeze and
-that moment it waits, within a bound; at the bound it closes its ear (shutdown(SHUT_RD)) so that a `serving` that isn't in the queue yet
-can't be sent any more, and then looks into the queue. Found: replaced. Empty: it thaws.
+that moment it waits, within a bound. Whatever ends the wait otherwise, it closes its ear (shutdown(SHUT_RD)), so that a `serving` that
+isn't in the queue yet can't be sent any more, and then reads the queue to its end. Found: replaced. Not found: it thaws.
 
 Happy path: serving, meeting, copying, freezing, frozen, replaced.
 
 Unhappy paths:
 1. The successor declines, dies or is late before the freeze: back to serving, as if nothing had happened.
 2. A request that was read before the freeze isn't answered in time: thaw.
-3. Frozen, and the successor declines or is dead without having sent `serving`: thaw.
-4. Frozen, and nothing comes: drain as above.
+3. Frozen, and the successor declines, dies or says nothing: drain, then thaw, or find that it had committed.
 
-Invariant: `replaced` is entered by reading `serving` and in no other way, and has no way out.
+Invariants: `replaced` is entered by reading `serving` and in no other way, and has no way out. From `frozen` the only way back to
+serving leads through `draining`.
 """
 
 from __future__ import annotations
@@ -72,12 +72,10 @@ TABLE: Final[Mapping[tuple[OldState, OldEvent], OldState]] = {
     (_S.FREEZING, _E.LOST): _S.SERVING,
     (_S.FREEZING, _E.LATE): _S.SERVING,
     (_S.FROZEN, _E.SERVING_READ): _S.REPLACED,
-    (_S.FROZEN, _E.DECLINED): _S.SERVING,
-    (_S.FROZEN, _E.LOST): _S.SERVING,
+    (_S.FROZEN, _E.DECLINED): _S.DRAINING,
+    (_S.FROZEN, _E.LOST): _S.DRAINING,
     (_S.FROZEN, _E.LATE): _S.DRAINING,
     (_S.DRAINING, _E.SERVING_READ): _S.REPLACED,
-    (_S.DRAINING, _E.DECLINED): _S.SERVING,
-    (_S.DRAINING, _E.LOST): _S.SERVING,
     (_S.DRAINING, _E.QUEUE_EMPTY): _S.SERVING,
 }
 
