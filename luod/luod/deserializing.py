@@ -19,7 +19,7 @@ from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import OwnedFd
-from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.limits import MAX_FDS_PER_PACKET, MAX_PACKET_BYTES
 
 
 class Deserializing:
@@ -51,6 +51,8 @@ class Deserializing:
             raise Refusal(
                 Code.TOO_LARGE, f"retrieve names 1 to {MAX_FDS_PER_PACKET} entries, these are {len(request.names)}: ask several times"
             )
+        if len(request.names) == MAX_FDS_PER_PACKET and sum(len(name) + 3 for name in request.names) > MAX_PACKET_BYTES - 1024:
+            raise Refusal(Code.TOO_LARGE, f"the names of {len(request.names)} entries don't fit beside as many fds: ask for one fewer")
         for name in request.names:
             if name not in sealed.places:
                 raise no_entry(session, name)

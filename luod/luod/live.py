@@ -13,6 +13,7 @@ from luod.connection import Connection, Host, Unread
 from luod.custody import Client
 from luod.lifecycle import SessionEvent, SessionState
 from luod.succession.messages import Connection as LiveConnection
+from luod.succession.messages import Handover, UnreadFds, UnreadReply
 from luod_protocol.connection import ServerConnection, State
 from luod_protocol.fds import OwnedFd
 from luod_protocol.messages import Endpoint
@@ -27,27 +28,30 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def describe(connection: Connection) -> tuple[LiveConnection, Sequence[int]]:
-    """What a successor needs of `connection`, and its fds (borrowed): the socket, then those of the unread reply."""
+def describe(connection: Connection) -> list[tuple[Handover, Sequence[int]]]:
+    """What a successor needs of `connection`, message by message, with their fds (borrowed)."""
     session = connection.client.session
-    unread = connection.unread
+    parts: list[tuple[Handover, Sequence[int]]] = []
+    if connection.unread is not None:
+        parts.append((UnreadReply(data=connection.unread.data), ()))
+        if connection.unread.fds:
+            fds = [fd.fileno() for fd in connection.unread.fds]
+            parts.append((UnreadFds(count=len(fds)), fds))
     live = LiveConnection(
         endpoint=connection.protocol.endpoint,
         version=connection.protocol.version,
         state=connection.protocol.state,
         client=connection.client.process,
         session_id=session.session_id if session else b"",
-        unread=unread.data if unread else b"",
-        unread_fds=len(unread.fds) if unread else 0,
         upgrade_seq=connection.upgrade_seq,
         lost=connection.lost_events,
     )
-    return live, [connection.raw.fileno(), *(fd.fileno() for fd in (unread.fds if unread else ()))]
+    return [*parts, (live, [connection.raw.fileno()])]
 
 
-def revive(host: Host, live: LiveConnection, fds: list[OwnedFd]) -> Connection:
-    """The connection that `live` describes, with the fds that came with it, which it owns from here."""
-    sock = socket.socket(fileno=fds.pop(0).take())
+def revive(host: Host, live: LiveConnection, fd: OwnedFd, unread: Unread | None) -> Connection:
+    """The connection that `live` describes; it owns `fd` and the fds of `unread` from here."""
+    sock = socket.socket(fileno=fd.take())
     session = host.custody.store.by_id(live.session_id) if live.session_id else None
     client = Client(uid=peer(sock)[1], process=live.client, session=session)
     if session is not None and session.state is SessionState.PRESERVED:
@@ -55,7 +59,7 @@ def revive(host: Host, live: LiveConnection, fds: list[OwnedFd]) -> Connection:
         session.claimer = live.client
     protocol = ServerConnection(Endpoint(live.endpoint), version=live.version, state=State(live.state))
     connection = Connection(host=host, sock=sock, client=client, protocol=protocol)
-    connection.unread = Unread(data=live.unread, fds=fds) if live.unread else None
+    connection.unread = unread
     connection.upgrade_seq = live.upgrade_seq
     connection.lost_events = live.lost
     return connection

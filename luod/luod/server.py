@@ -29,7 +29,7 @@ import trio
 
 from luod.changes import Change
 from luod.config import Config, all_uids_are_mapped, overflow_uid
-from luod.connection import Connection
+from luod.connection import Connection, Unread
 from luod.custody import ROOT, Capacity, Client, Custody
 from luod.gate import Gate
 from luod.lifecycle import SessionState
@@ -39,6 +39,7 @@ from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import Connection as LiveConnection
+from luod.succession.messages import Handover
 from luod.succession.old import HandoverFailed, OldSide
 from luod.succession.spawn import spawn
 from luod.system import Process, System
@@ -308,12 +309,12 @@ class Server:
         """The versions that connected clients speak."""
         return {each.protocol.version for each in self._connections if each.protocol.version}
 
-    def connections(self) -> Iterable[tuple[LiveConnection, Sequence[int], Session | None]]:
-        """Every live connection, as a successor gets it, with its fds (borrowed) and its session. Only while frozen."""
+    def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
+        """Every live connection: its session, and the messages that describe it with their fds (borrowed). Only while frozen."""
         for connection in self._connections:
             if connection.protocol.state is State.HANDED_OVER:
                 continue
-            yield (*describe(connection), connection.client.session)
+            yield connection.client.session, describe(connection)
 
     # ------------------------------------------------------------------------------------------------------- inheriting
 
@@ -336,9 +337,9 @@ class Server:
         if session is not None:
             session.retrieved_by.add(process)
 
-    def adopt_connection(self, live: LiveConnection, fds: list[OwnedFd]) -> None:
-        """Take in a live connection: its socket, then the fds of its unread reply."""
-        connection = revive(self, live, fds)
+    def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
+        """Take in a live connection, and the reply with its fds that it didn't take yet."""
+        connection = revive(self, live, fd, None if unread is None else Unread(data=unread[0], fds=unread[1]))
         self._connections[connection] = None
 
     def forget_live(self) -> None:

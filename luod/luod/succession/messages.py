@@ -126,11 +126,28 @@ class StagedEntries:
 
 
 @attrs.frozen(kw_only=True)
-class Connection:
-    """Old to new, frozen: a live connection. fds: the connection, then those of the unread reply.
+class UnreadReply:
+    """Old to new, frozen: a reply that the socket of the connection sent next didn't take yet. Its fds, if any, come in `unread-fds`, for
+    they may be as many as a packet holds."""
 
-    `session_id` is the session tied to it, or empty. `unread` is a reply that the client's socket didn't take yet, or empty.
-    `upgrade_seq` is the `seq` of an `upgrade` request to answer, or -1. `lost` counts events that a monitor missed.
+    type: ClassVar[str] = "unread"
+    data: bytes
+
+
+@attrs.frozen(kw_only=True)
+class UnreadFds:
+    """Old to new, frozen: the fds of the unread reply sent last."""
+
+    type: ClassVar[str] = "unread-fds"
+    count: int
+
+
+@attrs.frozen(kw_only=True)
+class Connection:
+    """Old to new, frozen: a live connection. fds: the connection.
+
+    `session_id` is the session tied to it, or empty. `upgrade_seq` is the `seq` of an `upgrade` request to answer, or -1. `lost` counts
+    events that a monitor missed.
     """
 
     type: ClassVar[str] = "connection"
@@ -139,8 +156,6 @@ class Connection:
     state: str
     client: Process
     session_id: bytes
-    unread: bytes
-    unread_fds: int
     upgrade_seq: int
     lost: int
 
@@ -174,6 +189,8 @@ Handover: TypeAlias = (
     | Verified
     | OpenSession
     | StagedEntries
+    | UnreadReply
+    | UnreadFds
     | Connection
     | Frozen
     | Serving
@@ -187,11 +204,11 @@ def fds_of(message: Handover) -> int:
     match message:
         case Offer():
             return 2 + len(message.endpoints)
-        case Box():
+        case Box() | Connection():
             return 1
         case StagedEntries():
             return len(message.entries)
-        case Connection():
-            return 1 + message.unread_fds
+        case UnreadFds():
+            return message.count
         case _:
             return 0

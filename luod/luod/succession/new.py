@@ -42,6 +42,8 @@ from luod.succession.messages import (
     Retrieved,
     Serving,
     StagedEntries,
+    UnreadFds,
+    UnreadReply,
     Verified,
 )
 from luod.succession.new_table import NewEvent, NewState, step
@@ -70,7 +72,7 @@ class Heir(Protocol):
 
     def note_retrieval(self, session_id: bytes, process: Process) -> None: ...
 
-    def adopt_connection(self, live: Connection, fds: list[OwnedFd]) -> None: ...
+    def adopt_connection(self, live: Connection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None: ...
 
     def forget_live(self) -> None: ...
 
@@ -102,6 +104,7 @@ class NewSide:
         self._sessions = 0
         self._live = 0
         self._opening: tuple[OpenSession, dict[str, Staged]] | None = None
+        self._unread: tuple[bytes, list[OwnedFd]] | None = None
 
     async def run(self) -> None:
         """Succeed. Returns when this process is the one to serve.
@@ -126,7 +129,7 @@ class NewSide:
             self._channel.close(f"{error}")
             raise Left(f"declined the handover: {error}") from error
         finally:
-            self._drop_opening()
+            self._drop_half()
             if self.state is not NewState.SERVING:
                 self._channel.close("the successor is ending")
         self._channel.close()
@@ -160,10 +163,17 @@ class NewSide:
                 self._step(NewEvent.COPIED)
                 await self._send(Verified(sessions=self._sessions))
             case OpenSession():
-                self._drop_opening()
+                self._drop_half()
                 self._opening = (message, {})
             case StagedEntries():
                 self._take_staged(message, fds)
+            case UnreadReply():
+                self._unread = (message.data, [])
+            case UnreadFds():
+                if self._unread is None:
+                    raise Mismatch("the fds of an unread reply came without the reply")
+                self._unread[1].extend(fds)
+                fds.clear()
             case Connection():
                 self._take_connection(message, fds)
             case Frozen():
@@ -216,9 +226,8 @@ class NewSide:
                     staged=staged,
                 )
             )
-        moved = list(fds)
-        fds.clear()
-        heir.adopt_connection(message, moved)
+        unread, self._unread = self._unread, None
+        heir.adopt_connection(message, fds.pop(), unread)
         self._live += 1
 
     async def _take_frozen(self, message: Frozen) -> None:
@@ -243,7 +252,7 @@ class NewSide:
         before = self.state
         self._step(NewEvent.OLD_DIED)
         if before is not NewState.HOLDING:
-            self._drop_opening()
+            self._drop_half()
             self._ready_heir.forget_live()
 
     async def _old_is_dead(self) -> bool:
@@ -267,10 +276,13 @@ class NewSide:
             raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, "the old daemon sent sessions before its offer")
         return self._heir
 
-    def _drop_opening(self) -> None:
+    def _drop_half(self) -> None:
         if self._opening is not None:
             close_all(each.fd for each in self._opening[1].values())
             self._opening = None
+        if self._unread is not None:
+            close_all(self._unread[1])
+            self._unread = None
 
     def _step(self, event: NewEvent) -> None:
         self.state = step(self.state, event)

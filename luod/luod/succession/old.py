@@ -47,7 +47,6 @@ from luod.succession.messages import (
     StagedEntries,
     Verified,
 )
-from luod.succession.messages import Connection as LiveConnection
 from luod.succession.old_table import OldEvent, OldState, step
 from luod.succession.skew import obstacles
 from luod.system import System
@@ -83,7 +82,7 @@ class Host(Protocol):
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
 
-    def connections(self) -> Iterable[tuple[LiveConnection, Sequence[int], Session | None]]: ...
+    def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]: ...
 
     def wire_versions(self) -> set[int]: ...
 
@@ -216,10 +215,11 @@ class OldSide:
 
     async def _send_live(self) -> None:
         connections = 0
-        for live, fds, session in self._host.connections():
+        for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
                 await self._send_open(session)
-            await self._channel.send(live, fds)
+            for message, fds in messages:
+                await self._channel.send(message, fds)
             connections += 1
         await self._channel.send(Frozen(since_us=self._since_us, connections=connections, sessions=len(self._host.store)))
 
