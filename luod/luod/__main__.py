@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.succeed_fd is not None:
             os.set_inheritable(options.succeed_fd, False)
             handover = socket.socket(fileno=options.succeed_fd)
-        trio.run(_serve, config, directory, passed_on, handover)
+        _run(config, directory, passed_on, handover)
     except listening.AlreadyServed as error:
         log.error("%s", error)
         return 3
@@ -153,19 +153,34 @@ def _ask_takeover(directory: str) -> socket.socket:
     raise Left("the running luod offered nothing")
 
 
+def _run(config: Config, directory: str, options: Sequence[str], handover: socket.socket | None) -> None:
+    """Serve to the end. What ended it is raised as it is, not in the nursery's group."""
+    try:
+        trio.run(_serve, config, directory, options, handover)
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
+
+
 async def _serve(config: Config, directory: str, options: Sequence[str], handover: socket.socket | None) -> None:
     async with trio.open_nursery() as nursery:
         system = System()
         if handover is None:
             server = _fresh(nursery, config, directory, options, system)
             server.start()
+            gc.collect()
         else:
             server = await _succeed(nursery, config, options, system, handover)
-        gc.collect()
+        # What is here stays: a collection that walks it costs 20 ms, which a client would wait for. A successor has collected before.
         gc.freeze()
-        print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
-        nursery.start_soon(_leave_when_replaced, server)
-        await _until_signal()
+        gc.enable()
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            # Only now: whoever has read this may send a signal.
+            print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
+            nursery.start_soon(_leave_when_replaced, server)
+            async for _ in signals:
+                break
         await server.stop_upgrading()
         if server.replaced.is_set():
             await trio.sleep_forever()
@@ -225,7 +240,6 @@ async def _succeed(nursery: trio.Nursery, config: Config, options: Sequence[str]
     server.thaw(pause_us=pause_us, predecessor=side.predecessor, predecessor_pid=side.offer.pid if side.offer else 0)
     server.start()
     listening.sign(server.inheritance()[1][0])
-    gc.enable()
     return server
 
 
@@ -240,12 +254,6 @@ def _exit() -> NoReturn:
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)
-
-
-async def _until_signal() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            return
 
 
 def _say_goodbye(server: Server) -> None:

@@ -57,7 +57,7 @@ def unique(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise Refusal(Code.ENTRY_EXISTS, f"entry {name!r} is named twice in one request", entry=name)
+            raise Refusal(Code.ENTRY_EXISTS, f"entry {_short(name)} is named twice in one request", entry=name[:255])
         seen.add(name)
 
 

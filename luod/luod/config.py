@@ -75,7 +75,7 @@ def load(path: str | None) -> Config:
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # TOMLDecodeError, and UnicodeDecodeError of a file that isn't UTF-8
         raise ConfigFault(f"{path}: {error}") from None
     try:
         config = strict_converter().structure(content, Config)
@@ -83,7 +83,8 @@ def load(path: str | None) -> Config:
         raise ConfigFault(f"{path}: {'; '.join(cattrs.transform_error(error, path='luod.toml'))}") from None
     for name, table in (("limits", config.limits), ("handover", config.handover)):
         for key, value in attrs.asdict(table).items():
-            if value < 0 or (value == 0 and key != "max_preserved_fds"):
+            # Asked this way round, so that nan is refused too.
+            if not (value > 0 or (value == 0 and key == "max_preserved_fds")):
                 raise ConfigFault(f"{path}: {name}.{key} = {value}: it must be more than 0")
     return config
 

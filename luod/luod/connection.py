@@ -133,7 +133,7 @@ class Connection:
             if self.protocol.state is State.ENDED:
                 return
             try:
-                packet = await self._receive()
+                packet = await self._host.gate.wait(self._receive)
             except ProtocolFault as error:
                 await self._send_fault(error)
                 return
@@ -142,21 +142,24 @@ class Connection:
             await self._answer(packet)
 
     async def _receive(self) -> wire.Packet | None:
+        # Within the gate: no time-out may move anything while the daemon is frozen.
         with trio.move_on_after(HELLO_S if self.protocol.state is State.NEW else float("inf")):
-            return await self._host.gate.wait(lambda: wire.receive_async(self._sock))
+            return await wire.receive_async(self._sock)
         raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
+
+    async def _send(self, unread: Unread) -> None:
+        with trio.move_on_after(UNREAD_S):
+            return await wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds])
+        raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")
 
     async def _flush(self) -> None:
         unread = self.unread
         if unread is None:
             return
-        with trio.move_on_after(UNREAD_S) as scope:
-            await self._host.gate.wait(lambda: wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds]))
-            self.unread = None
-            # Never the last reference: the client or the box has one.
-            close_all(unread.fds)
-        if scope.cancelled_caught:
-            raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")
+        await self._host.gate.wait(lambda: self._send(unread))
+        self.unread = None
+        # Never the last reference: the client or the box has one.
+        close_all(unread.fds)
 
     async def _answer(self, packet: wire.Packet) -> None:
         try:

@@ -146,7 +146,7 @@ class Custody:
             return client.uid
         if client.uid != ROOT:
             raise Refusal(Code.NOT_PERMITTED, f"uid {client.uid} can't act for uid {wanted}: only root can")
-        if wanted < 0:
+        if not 0 <= wanted < 2**32 - 1:
             raise Refusal(Code.BAD_REQUEST, f"{wanted} is no uid")
         return wanted
 

@@ -97,7 +97,7 @@ def bind(directory: str) -> dict[Endpoint, socket.socket]:
                 undo.callback(_unlink, path)
                 sock.listen(BACKLOG)
             except OSError as error:
-                raise CannotListen(f"{path} can't be bound: {error.strerror}") from None
+                raise CannotListen(f"{path} can't be bound: {error.strerror or error}") from None
             sockets[endpoint] = sock
         undo.pop_all()
         return sockets

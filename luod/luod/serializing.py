@@ -103,11 +103,15 @@ class Serializing:
         return Outcome(reply=m.Preserved(seq=request.seq, entries=tuple(entry_info(entry) for entry in entries)))
 
     def _recognized(self, spec: m.EntrySpec, fd: int) -> manifest.Entry:
-        probe = Probe(fd)
         try:
+            probe = Probe(fd)
             handler = recognize(probe)
+            facts = handler.record(probe)
         except Refusal as refusal:
             raise Refusal(refusal.code, f"entry {spec.name!r} refused: {refusal.message}", entry=spec.name) from None
+        except OSError as error:
+            why = f"entry {spec.name!r} refused: the kernel doesn't tell luod what it is: {error.strerror}"
+            raise Refusal(Code.SYSTEM_ERROR, why, entry=spec.name) from None
         return manifest.Entry(
             name=spec.name,
             kind=handler.kind,
@@ -115,7 +119,7 @@ class Serializing:
             metadata=spec.metadata,
             needs=spec.needs,
             identity=probe.identity,
-            facts=handler.record(probe),
+            facts=facts,
         )
 
     def unpreserve(self, client: Client, request: m.Unpreserve, _: list[OwnedFd]) -> Outcome:

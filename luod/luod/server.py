@@ -208,7 +208,15 @@ class Server:
             log.warning("closing a client's fd: %s", error.strerror)
 
     def status(self, seq: int) -> m.DaemonStatus:
-        """How the daemon is."""
+        """How the daemon is.
+
+        Raises:
+            Refusal: its descriptors can't be counted.
+        """
+        try:
+            open_fds = len(os.listdir("/proc/self/fd")) - 1
+        except OSError as error:
+            raise Refusal(Code.SYSTEM_ERROR, f"luod can't count its descriptors: {error.strerror}; try again") from None
         return m.DaemonStatus(
             seq=seq,
             luod=RELEASE,
@@ -221,7 +229,7 @@ class Server:
             preserved_fds=self.custody.preserved_fds,
             staged_fds=self.custody.staged_fds,
             connections=len(self._connections),
-            open_fds=len(os.listdir("/proc/self/fd")) - 1,
+            open_fds=open_fds,
             last_pause_us=self.last_pause_us,
         )
 

@@ -103,6 +103,9 @@ def strict_converter() -> cattrs.Converter:
 
 def _unique_keys(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     pairs = list(pairs)
+    for key, _ in pairs:
+        if type(key) is not str:
+            raise ValueError(f"expected text keys, got {type(key).__name__}")
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a map has the same key twice")

@@ -1,7 +1,7 @@
 """Bytes in a sealed memfd: how a message or a manifest travels that is too large for a packet.
 
-The receiver trusts nothing: it must be a memfd (not a file of some FUSE mount, whose read could hang), it must be sealed against writing
-and shrinking (so that what was checked stays true), and it must have the size that was said.
+The receiver trusts nothing: it must be a memfd (not a file of some FUSE mount, where fstat and read could hang), it must be sealed against
+writing and shrinking (so that what was checked stays true), and it must have the size that was said.
 """
 
 from __future__ import annotations
@@ -41,12 +41,20 @@ def read_sealed(fd: int, size: int) -> bytes:
     """The `size` bytes in the sealed memfd `fd` (borrowed).
 
     Raises:
-        ProtocolFault: it isn't a memfd, isn't sealed, or has another size.
+        ProtocolFault: it isn't a memfd, isn't sealed, has another size, or wasn't opened for reading.
     """
+    try:
+        return _read(fd, size)
+    except OSError as error:
+        raise ProtocolFault(FaultCode.MALFORMED, f"the fd that should bring a message isn't a memfd that can be read: {error}") from None
+
+
+def _read(fd: int, size: int) -> bytes:
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # first: it fails on what isn't in memory, where fstat may wait for a file server
     stat = os.fstat(fd)
     if stat.st_dev != memfd_device():
         raise ProtocolFault(FaultCode.MALFORMED, "the fd that should bring a message isn't a memfd")
-    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+    if seals & SEALS != SEALS:
         raise ProtocolFault(FaultCode.MALFORMED, "the memfd that brings a message must have the seals seal, shrink, grow and write")
     if stat.st_size != size:
         raise ProtocolFault(FaultCode.MALFORMED, f"the memfd has {stat.st_size} bytes, the packet said {size}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import stat
 from collections.abc import Mapping
 from typing import Final
@@ -24,10 +26,9 @@ _INSTEAD: Final[Mapping[int, str]] = {
     stat.S_IFBLK: "a block device: open it again by its path",
     stat.S_IFCHR: "a character device of a kind that luod doesn't know: open it again by its path",
     stat.S_IFIFO: "a named FIFO: open it again by its path",
-    stat.S_IFLNK: "a symbolic link opened with O_PATH: open it again by its path",
 }
 
-_ANONYMOUS: Final[Mapping[str, str]] = {
+_NAMED: Final[Mapping[str, str]] = {
     "[eventpoll]": "an epoll: make a new one and add the retrieved fds to it",
     "kvm-vm": "a KVM virtual machine, which works in the process that made it only: save its state in a memfd and make a new one",
     "kvm-vcpu": "a KVM vCPU, which works in the process that made it only: save its registers in a memfd and make a new one",
@@ -36,6 +37,8 @@ _ANONYMOUS: Final[Mapping[str, str]] = {
     "[timerfd]": "a timerfd: make a new one",
     "[signalfd]": "a signalfd: make a new one",
     "[pidfd]": "a pidfd: open it again by the pid",
+    "/secretmem (deleted)": "secret memory, which luod does not take: use a memfd",
+    "net:[": "a network namespace: open it again by its path in /proc or /run/netns",
     "inotify": "an inotify: make a new one",
 }
 
@@ -46,6 +49,8 @@ def recognize(probe: Probe) -> Handler:
     Raises:
         Refusal: kind-not-supported, with what it seems to be and what to do instead.
     """
+    if fcntl.fcntl(probe.fd, fcntl.F_GETFL) & os.O_PATH:
+        raise Refusal(Code.KIND_NOT_SUPPORTED, "this fd was opened with O_PATH and only names its object: open it for use")
     for handler in HANDLERS:
         if handler.recognize(probe):
             return handler
@@ -63,11 +68,13 @@ def kinds() -> dict[str, str]:
 
 
 def _instead(probe: Probe) -> str:
+    if not probe.opened:
+        return "no open file but a place only (O_PATH): open it by its path, or preserve the fd that it was made from"
     if probe.type == stat.S_IFSOCK:
         known = ", ".join(FAMILIES.values())
         return f"a socket of address family {family(probe.fd)}, of which luod knows nothing ({known} are taken): make a new one"
-    if probe.type in _INSTEAD:
-        return _INSTEAD[probe.type]
     name = probe.link.removeprefix("anon_inode:")
-    known_kind = next((text for prefix, text in _ANONYMOUS.items() if name.startswith(prefix)), None)
-    return known_kind or f"{name}, a kind that luod doesn't know: make a new one"
+    for prefix, text in _NAMED.items():
+        if name.startswith(prefix):
+            return text
+    return f"{name or 'unnamed':.200}, {_INSTEAD.get(probe.type, 'a kind that luod does not know: make a new one')}"

@@ -21,7 +21,7 @@ class Eventfd:
 
     def recognize(self, probe: Probe) -> bool:
         """By the anonymous inode's name; such inodes have no file type."""
-        return probe.type == 0 and probe.link == "anon_inode:[eventfd]"
+        return probe.type == 0 and probe.link == "anon_inode:[eventfd]" and probe.opened
 
     def record(self, probe: Probe) -> dict[str, Fact]:
         """Whether it is a semaphore (1 or 0; -1 where the kernel, before 6.5, doesn't say)."""

@@ -21,7 +21,8 @@ from luod_protocol.fds import OwnedFd
 from luod_protocol.records import Fact
 from luod_protocol.sealed import memfd_device
 
-_ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}
+_ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw", os.O_ACCMODE: "none"}
+"""The last is for open(2) with neither; the kernel gives such a fd."""
 
 _SEALS: Final = {
     fcntl.F_SEAL_SEAL: "seal",
@@ -33,8 +34,8 @@ _SEALS: Final = {
 }
 """include/uapi/linux/fcntl.h."""
 
-_HUGE_SHIFTS: Final = (21, 30)
-"""log2 of the huge page sizes of x86-64 and arm64, for MFD_HUGE_SHIFT."""
+_HUGE_SHIFTS: Final = range(16, 35)
+"""log2 of what can be a huge page's size on some machine, for MFD_HUGE_SHIFT: see memfd_create(2)."""
 
 
 @functools.cache
@@ -57,34 +58,28 @@ class Memfd:
     def recognize(self, probe: Probe) -> bool:
         """By st_dev."""
         device = probe.stat.st_dev
-        return probe.type == stat.S_IFREG and (device == memfd_device() or device in _huge_devices())
+        return probe.type == stat.S_IFREG and (device == memfd_device() or device in _huge_devices()) and probe.opened
 
     def record(self, probe: Probe) -> dict[str, Fact]:
         """Size in bytes, seals by name, access, and the huge page size in bytes (0: ordinary pages)."""
+        seals = fcntl.fcntl(probe.fd, fcntl.F_GET_SEALS)
         return {
             "size": probe.stat.st_size,
-            "seals": ",".join(name for bit, name in _SEALS.items() if _seals(probe) & bit),
-            "access": _access(probe),
+            "seals": ",".join(name for bit, name in _SEALS.items() if seals & bit),
+            "access": _ACCESS[probe.flags & os.O_ACCMODE],
             "huge_page_size": _huge_devices().get(probe.stat.st_dev, 0),
         }
 
     def verify(self, probe: Probe, facts: dict[str, Fact]) -> None:
-        """The recorded seals are there, access and page size are the same; the size too when it was sealed."""
+        """The recorded seals are there, access and page size are the same; the size is as they allow."""
         now = self.record(probe)
-        missing = set(str(facts.get("seals", "")).split(",")) - set(str(now["seals"]).split(",")) - {""}
+        seals = set(str(facts.get("seals", "")).split(",")) - {""}
+        missing = seals - set(str(now["seals"]).split(","))
         if missing:
             raise Mismatch(f"the memfd has lost the seals {', '.join(sorted(missing))}")
         for fact in ("access", "huge_page_size"):
             if now[fact] != facts.get(fact):
                 raise Mismatch(f"the memfd's {fact} is {now[fact]}, it was {facts.get(fact)}")
-        sealed = set(str(facts.get("seals", "")).split(","))
-        if {"shrink", "grow"} <= sealed and now["size"] != facts.get("size"):
-            raise Mismatch(f"the sealed memfd has {now['size']} bytes, it had {facts.get('size')}")
-
-
-def _seals(probe: Probe) -> int:
-    return fcntl.fcntl(probe.fd, fcntl.F_GET_SEALS)
-
-
-def _access(probe: Probe) -> str:
-    return _ACCESS[fcntl.fcntl(probe.fd, fcntl.F_GETFL) & os.O_ACCMODE]
+        size, before = probe.stat.st_size, int(facts.get("size", 0))
+        if ("shrink" in seals and size < before) or ("grow" in seals and size > before):
+            raise Mismatch(f"the sealed memfd has {size} bytes, it had {before}")

@@ -35,18 +35,17 @@ class Pipe:
 
     def recognize(self, probe: Probe) -> bool:
         """By file type and device."""
-        return probe.type == stat.S_IFIFO and probe.stat.st_dev == _pipe_device()
+        return probe.type == stat.S_IFIFO and probe.stat.st_dev == _pipe_device() and probe.opened
 
     def record(self, probe: Probe) -> dict[str, Fact]:
         """Which end it is, and the pipe's capacity in bytes."""
-        writes = fcntl.fcntl(probe.fd, fcntl.F_GETFL) & os.O_ACCMODE
-        return {
-            "end": {os.O_RDONLY: "read", os.O_WRONLY: "write"}.get(writes, "both"),
-            "capacity": fcntl.fcntl(probe.fd, fcntl.F_GETPIPE_SZ),
-        }
+        return {"end": _end(probe), "capacity": fcntl.fcntl(probe.fd, fcntl.F_GETPIPE_SZ)}
 
     def verify(self, probe: Probe, facts: dict[str, Fact]) -> None:
         """It is the same end. The capacity is its owners' to change."""
-        now = self.record(probe)
-        if now["end"] != facts.get("end"):
-            raise Mismatch(f"it is the {now['end']} end of a pipe, it was the {facts.get('end')} end")
+        if _end(probe) != facts.get("end"):
+            raise Mismatch(f"the end of the pipe is {_end(probe)}, it was {facts.get('end')}")
+
+
+def _end(probe: Probe) -> str:
+    return {os.O_RDONLY: "read", os.O_WRONLY: "write"}.get(probe.flags & os.O_ACCMODE, "both")

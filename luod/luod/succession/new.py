@@ -14,6 +14,7 @@ read to the end first.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -161,6 +162,9 @@ class NewSide:
                 self._ready_heir.note_retrieval(message.session_id, message.process)
             case Copied():
                 self._step(NewEvent.COPIED)
+                # Now, while the old daemon serves: in the pause there is none, and right after it only what is new is walked.
+                gc.collect()
+                gc.freeze()
                 await self._send(Verified(sessions=self._sessions))
             case OpenSession():
                 self._drop_half()

@@ -202,6 +202,8 @@ class OldSide:
             with suppress(OSError):
                 await self._send_live()
             event, said = await self._events.receive()
+        if event in (OldEvent.ACCEPTED, OldEvent.VERIFIED):
+            event, said = OldEvent.DECLINED, f"the successor sent {event} out of order"
         self._step(event)
         if event is OldEvent.SERVING_READ:
             return
@@ -317,8 +319,12 @@ class OldSide:
         while True:
             try:
                 received = await self._channel.receive()
-            except (OSError, ProtocolFault, trio.ClosedResourceError) as error:
-                self._post.send_nowait((OldEvent.LOST, f"the successor can't be understood: {error}"))
+            except ProtocolFault as error:
+                # Read on: a commit may lie behind it.
+                self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be understood: {error}"))
+                continue
+            except (OSError, trio.ClosedResourceError) as error:
+                self._post.send_nowait((OldEvent.LOST, f"the successor can't be heard: {error}"))
                 return
             if received is None:
                 self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
