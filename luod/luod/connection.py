@@ -10,7 +10,10 @@ Unhappy paths:
 1. The client doesn't speak the protocol: a last `fault`, end.
 2. The client doesn't read its replies: nothing more is read from it, and after `UNREAD_S` it is ended.
 3. The client connects and says nothing: ended after `HELLO_S`.
-4. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
+4. The client doesn't take the fds it asked for: beyond `MAX_IN_FLIGHT` it gets no more until it has, as in 2. They count against luod's
+   uid (unix(7), ETOOMANYREFS), so without a bound one client could keep all others from theirs. Should the count be used up by others
+   all the same, the send is tried again, as long as in 2.
+5. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
 
 Invariants: fds that came with a request are owned here until a verb takes them. A connection is ended with shutdown(2), for a copy of
 it may live elsewhere.
@@ -18,8 +21,12 @@ it may live elsewhere.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import socket
+import sys
+import termios
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Protocol
@@ -52,6 +59,12 @@ HELLO_S: Final = 10.0
 
 UNREAD_S: Final = 60.0
 """How long a reply may stay unread while the client's socket is full, in seconds."""
+
+MAX_IN_FLIGHT: Final = 4 * MAX_FDS_PER_PACKET
+"""fds that may lie unread in a client's socket."""
+
+IN_FLIGHT_PAUSE_S: Final = 0.001
+"""How long until it is looked again whether the client has read, in seconds: no event tells."""
 
 log = logging.getLogger("luod")
 
@@ -107,6 +120,7 @@ class Connection:
         self.upgrade_seq = -1
         """The `seq` of an upgrade request that is to be answered by whoever serves in the end, else -1."""
         self.lost_events = 0
+        self._in_flight = 0
         self._host = host
         self._sock = trio.socket.from_stdlib_socket(sock)
         self._answered = trio.Event()
@@ -149,8 +163,21 @@ class Connection:
 
     async def _send(self, unread: Unread) -> None:
         with trio.move_on_after(UNREAD_S):
-            return await wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds])
+            while True:
+                if self._may_send(len(unread.fds)):
+                    try:
+                        return await wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds])
+                    except OSError as error:
+                        if error.errno != errno.ETOOMANYREFS:
+                            raise
+                await trio.sleep(IN_FLIGHT_PAUSE_S)
         raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")
+
+    def _may_send(self, fds: int) -> bool:
+        # SIOCOUTQ of unix(7) is this number: what was sent and not read, in bytes of memory.
+        if fds and not int.from_bytes(fcntl.ioctl(self.raw, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+            self._in_flight = 0
+        return not fds or self._in_flight + fds <= MAX_IN_FLIGHT
 
     async def _flush(self) -> None:
         unread = self.unread
@@ -158,6 +185,7 @@ class Connection:
             return
         await self._host.gate.wait(lambda: self._send(unread))
         self.unread = None
+        self._in_flight += len(unread.fds)
         # Never the last reference: the client or the box has one.
         close_all(unread.fds)
 
@@ -240,9 +268,9 @@ class Connection:
         self._answered.set()
 
     def notify(self, event: m.Event) -> None:
-        """Send an event to a client that monitors; count it as lost when its socket is full."""
+        """Send an event to a client that monitors; count it as lost when its socket is full. Until it has been told that it monitors it
+        doesn't."""
         if self.unread is not None:
-            self.lost_events += 1
             return
         try:
             wire.send(self.raw, self.protocol.send(attrs.evolve(event, lost=self.lost_events)), flags=socket.MSG_DONTWAIT)

@@ -252,9 +252,9 @@ class Server:
             Refusal: one is running, or the successor can't be started.
         """
         self._refuse_second_upgrade()
-        if request.program and not os.path.isabs(request.program):
+        if request.program and (not os.path.isabs(request.program) or "\0" in request.program):
             raise Refusal(Code.BAD_REQUEST, f"the successor's program must be an absolute path, not {request.program!r:.100}")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _handover_pair()
         with theirs:
             try:
                 successor = spawn(request.program, self._options, theirs.fileno())
@@ -276,7 +276,7 @@ class Server:
                 f"a successor runs as uid {self.system.uid} like this luod, not as uid {connection.client.uid}: start it so",
             )
         successor = _peer_pidfd(connection.raw, connection.client.process.pid)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _handover_pair()
         self._hand_over(ours, successor)
         return OwnedFd(theirs.detach())
 
@@ -388,6 +388,13 @@ class Server:
                     await trio.lowlevel.wait_readable(predecessor.fileno())
         self._alone = None
         alone.set()
+
+
+def _handover_pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise Refusal(Code.SYSTEM_ERROR, f"luod can't make a handover socket: {error.strerror}; try again") from None
 
 
 async def _pause() -> None:

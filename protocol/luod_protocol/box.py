@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from luod_protocol import wire
-from luod_protocol.errors import LuodError, ProtocolFault
+from luod_protocol.errors import FaultCode, LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.limits import MAX_FDS_PER_PACKET, MAX_PACKET_BYTES
 from luod_protocol.sealed import read_sealed, seal_bytes
@@ -97,14 +97,17 @@ class _Content:
     """What one peek gave."""
 
     def __init__(self, box: int) -> None:
-        sock = socket.socket(fileno=os.dup(box))
-        with sock:
-            try:
-                packet = wire.receive(sock, flags=socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                raise BoxFault("the box is empty") from None
-            except ProtocolFault as error:
-                raise OSError(errno.EMFILE, f"while opening a box: {error.message}") from None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=box)
+        try:
+            packet = wire.receive(sock, flags=socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            raise BoxFault("the box is empty") from None
+        except ProtocolFault as error:
+            if error.code is not FaultCode.TRUNCATED:
+                raise BoxFault(f"this is not a box: {error.message}") from None
+            raise OSError(errno.EMFILE, f"while opening a box: {error.message}") from None
+        finally:
+            sock.detach()  # it is borrowed
         if packet is None:
             raise BoxFault("the box is empty")
         self.fds = packet.take_fds()
@@ -114,6 +117,8 @@ class _Content:
             magic, layout, self.count, self.size = _HEAD.unpack_from(packet.data)
             if magic != _MAGIC:
                 raise BoxFault("this is not a box")
+            if self.count > MAX_FDS:
+                raise BoxFault(f"its head says {self.count} fds, a box holds at most {MAX_FDS}")
             self.layout = layout & ~_IN_MEMFD
             self.manifest = packet.data[_HEAD.size :]
             if layout & _IN_MEMFD:

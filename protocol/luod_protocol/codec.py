@@ -183,7 +183,8 @@ class Codec(Generic[T]):
         kind = self._kinds.get(tag) if type(tag) is str else None
         if kind is None:
             known = ", ".join(sorted(self._kinds))
-            raise ProtocolFault(FaultCode.UNKNOWN_MESSAGE, f"unknown type {tag!s:.80}; known here: {known}")
+            said = f"{tag:.80}" if type(tag) is str else f"of {type(tag).__name__}"
+            raise ProtocolFault(FaultCode.UNKNOWN_MESSAGE, f"unknown type {said}; known here: {known}")
         try:
             return self._structure[kind](value, kind)
         except Exception as error:  # cattrs raises groups of whatever its hooks raise

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from luod_protocol import messages as m
@@ -249,6 +249,15 @@ class ClientConnection:
         self._due.append(request)
         return data
 
+    def withdraw(self) -> None:
+        """The last request wasn't sent after all: no answer to it is due."""
+        self._due.pop()
+
+    @property
+    def waiting(self) -> Sequence[m.Request]:
+        """The requests without an answer, oldest first."""
+        return self._due
+
     def receive(self, data: bytes, fds: int) -> m.Reply:
         """The message in a packet with `fds` fds: the reply that is due, `Refused` in its place, or an `Event` while monitoring.
 
@@ -272,7 +281,10 @@ class ClientConnection:
         if reply.seq != request.seq or not isinstance(reply, (REPLY_TO[type(request)], m.Refused)):
             raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"{reply.type} {reply.seq} came in answer to {request.type} {request.seq}")
         if not isinstance(reply, m.Refused):
-            self.state = after(self.endpoint, self.state, request)
+            try:
+                self.state = after(self.endpoint, self.state, request)
+            except Refusal as error:
+                raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"{reply.type} came, but {error.message}") from None
         return reply
 
 

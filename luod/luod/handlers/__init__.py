@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import stat
 from collections.abc import Mapping
 from typing import Final
@@ -49,8 +47,6 @@ def recognize(probe: Probe) -> Handler:
     Raises:
         Refusal: kind-not-supported, with what it seems to be and what to do instead.
     """
-    if fcntl.fcntl(probe.fd, fcntl.F_GETFL) & os.O_PATH:
-        raise Refusal(Code.KIND_NOT_SUPPORTED, "this fd was opened with O_PATH and only names its object: open it for use")
     for handler in HANDLERS:
         if handler.recognize(probe):
             return handler
@@ -69,7 +65,7 @@ def kinds() -> dict[str, str]:
 
 def _instead(probe: Probe) -> str:
     if not probe.opened:
-        return "no open file but a place only (O_PATH): open it by its path, or preserve the fd that it was made from"
+        return "only the name of an object, opened with O_PATH: open it for use, or preserve the fd that it was made from"
     if probe.type == stat.S_IFSOCK:
         known = ", ".join(FAMILIES.values())
         return f"a socket of address family {family(probe.fd)}, of which luod knows nothing ({known} are taken): make a new one"

@@ -125,8 +125,7 @@ class OldSide:
         try:
             self._step(OldEvent.SUCCESSOR_STARTED)
             self._host.start_soon(self._listen)
-            await self._meet()
-            await self._copy()
+            await self._copy(await self._meet())
             await self._freeze()
             await self._commit()
         except HandoverFailed as failure:
@@ -146,7 +145,8 @@ class OldSide:
                     await self._see_off()
             self._over.set()
 
-    async def _meet(self) -> None:
+    async def _meet(self) -> Sequence[Session]:
+        """Returns what is to be copied; all that changes from the same moment on is in the log."""
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
@@ -161,6 +161,8 @@ class OldSide:
         if missing:
             self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
         self._step(OldEvent.ACCEPTED)
+        self._logging = True
+        finalized = [session for session in self._host.store if session.sealed is not None]
         endpoints, fds = self._host.inheritance()
         offer = Offer(
             luod=RELEASE,
@@ -174,11 +176,11 @@ class OldSide:
         )
         with OwnedFd(os.pidfd_open(os.getpid())) as pidfd:
             await self._send(offer, [*fds, pidfd.fileno()])
+        return finalized
 
-    async def _copy(self) -> None:
-        self._logging = True
-        for session in [each for each in self._host.store if each.sealed is not None]:
-            await self._send_box(session)
+    async def _copy(self, finalized: Sequence[Session]) -> None:
+        for session in finalized:
+            await self._send_box(session, self._send)
         await self._send(Copied())
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
@@ -258,15 +260,18 @@ class OldSide:
             try:
                 with trio.fail_after(self._bounds.copy_s):
                     await self._tell(change)
-            except (OSError, trio.TooSlowError):
-                self._post.send_nowait((OldEvent.LATE, "the successor did not take the log"))
-                await self._over.wait()
-                return
+                continue
+            except trio.TooSlowError:
+                self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
+            except (OSError, trio.ClosedResourceError):
+                pass  # the listener has heard of it too
+            await self._over.wait()
+            return
 
     async def _tell(self, change: Change) -> None:
         match change:
             case Sealing():
-                await self._send_box(change.session)
+                await self._send_box(change.session, self._channel.send)
             case Retrieval():
                 await self._channel.send(Retrieved(session_id=change.session_id, process=change.process))
             case Departure():
@@ -275,12 +280,12 @@ class OldSide:
                 await self._channel.send(Gone(ended=ended))
                 await done.wait()
 
-    async def _send_box(self, session: Session) -> None:
+    async def _send_box(self, session: Session, send: Callable[[Handover, Sequence[int]], Awaitable[None]]) -> None:
         # A duplicate: the session may be finished while this waits for room.
         if session.sealed is not None:
             message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by))
             with OwnedFd(os.dup(session.sealed.box.fileno())) as box:
-                await self._send(message, [box.fileno()])
+                await send(message, [box.fileno()])
 
     # --------------------------------------------------------------------------------------------------------- inside
 

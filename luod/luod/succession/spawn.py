@@ -29,7 +29,7 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=null)
         return OwnedFd(os.pidfd_open(pid))
     except OSError as error:
-        raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]} can't be started: {error.strerror}") from None
+        raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]:.200} can't be started: {error.strerror}") from None
     finally:
         os.close(inherited)
 
