@@ -47,7 +47,9 @@ class Deserializing:
     def retrieve(self, client: Client, request: m.Retrieve, _: list[OwnedFd]) -> Outcome:
         session = own(client)
         sealed = _sealed(session)
-        if not 0 < len(request.names) <= MAX_FDS_PER_PACKET:
+        if not request.names:
+            raise Refusal(Code.BAD_REQUEST, "retrieve names at least one entry")
+        if len(request.names) > MAX_FDS_PER_PACKET:
             raise Refusal(
                 Code.TOO_LARGE, f"retrieve names 1 to {MAX_FDS_PER_PACKET} entries, these are {len(request.names)}: ask several times"
             )
@@ -90,6 +92,7 @@ class Deserializing:
         session = self._custody.store.by_id(request.session_id)
         if session is not None and may_see(client, session):
             raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is {session.state} and not claimed here: claim it, then finish")
+        self._custody.refuse_ended(client, request.session_id)
         raise Refusal(Code.NO_SUCH_SESSION, "no session with this id is held, nor is one remembered as finished")
 
     def discard(self, client: Client, request: m.Discard, _: list[OwnedFd]) -> Outcome:

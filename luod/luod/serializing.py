@@ -140,6 +140,11 @@ class Serializing:
             return self._finalized_again(client, request)
         if session.session_id != request.session_id:
             raise Refusal(Code.BAD_REQUEST, "this connection's session has another id: finalize with the id that it was opened with")
+        if request.entries not in (None, session.size):
+            raise Refusal(
+                Code.BAD_REQUEST,
+                f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve before it refused?",
+            )
         survival.demand(request.require)
         for name in request.seal:
             if name not in session.staged:
@@ -152,7 +157,7 @@ class Serializing:
                 f"{self._custody.capacity.preserved_fds} is the limit: finish or discard sessions, or raise limits.max_preserved_fds "
                 "(more needs a uid of luod's own with a high RLIMIT_NOFILE, or CAP_SYS_RESOURCE)",
             )
-        self._seal_memfds(session, request.seal)
+        sealed = self._seal_memfds(session, request.seal)
         description = manifest.Manifest(
             version=manifest.VERSIONS.high,
             session_id=session.session_id,
@@ -165,7 +170,10 @@ class Serializing:
             finalized_at=self._custody.system.now(),
             entries=tuple(session.contents),
         )
-        session.sealed = Sealed.of(description, _boxed(description, session))
+        try:
+            session.sealed = Sealed.of(description, _boxed(description, session))
+        except Refusal as refusal:
+            raise Refusal(refusal.code, refusal.message + _already(sealed)) from None
         session.step(SessionEvent.FINALIZE)
         staged, session.staged = session.staged, {}
         self._custody.staged_fds -= len(staged)
@@ -176,7 +184,8 @@ class Serializing:
         self._custody.publish("finalized", session, f"{len(staged)} entries")
         return Outcome(reply=_finalized(request, session), changes=[Sealing(session=session)])
 
-    def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> None:
+    def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> list[str]:
+        """Returns the names of what was sealed."""
         bits = {name: checks.seal_bits(name, names) for name, names in wanted.items()}
         for name in bits:
             entry = session.staged[name].entry
@@ -192,12 +201,12 @@ class Serializing:
                 fcntl.fcntl(staged.fd.fileno(), fcntl.F_ADD_SEALS, added & ~fcntl.fcntl(staged.fd.fileno(), fcntl.F_GET_SEALS))
             except OSError as error:
                 why = "it is still mapped writable: unmap it first" if error.errno == errno.EBUSY else str(error)
-                before = f"; these are sealed already: {', '.join(done)}" if done else ""
-                raise Refusal(Code.BAD_SEAL, f"entry {name!r} can't be sealed: {why}{before}", entry=name) from None
+                raise Refusal(Code.BAD_SEAL, f"entry {name!r} can't be sealed: {why}{_already(done)}", entry=name) from None
             done.append(name)
             probe = Probe(staged.fd.fileno())
             facts = recognize(probe).record(probe)
             session.staged[name] = attrs.evolve(staged, entry=attrs.evolve(staged.entry, facts=facts))
+        return done
 
     def _finalized_again(self, client: Client, request: m.Finalize) -> Outcome:
         session = self._custody.store.by_id(request.session_id)
@@ -211,6 +220,10 @@ class Serializing:
     def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
         session = own(client)
         return Outcome(reply=m.Cancelled(seq=request.seq), closing=self._custody.end(client, session, SessionEvent.CANCEL, "cancelled"))
+
+
+def _already(sealed: Sequence[str]) -> str:
+    return f"; these are sealed already, which can't be undone: {', '.join(sealed)}" if sealed else ""
 
 
 def _finalized(request: m.Finalize, session: Session) -> m.Finalized:

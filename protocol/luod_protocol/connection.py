@@ -28,7 +28,7 @@ from typing import Final
 from luod_protocol import messages as m
 from luod_protocol.codec import REPLIES, REQUESTS
 from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
-from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.limits import MAX_CLIENT_CHARACTERS, MAX_FDS_PER_PACKET, MAX_SEQ
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import WIRE, VersionRange
 
@@ -178,6 +178,10 @@ class ServerConnection:
             ProtocolFault: unhappy paths 1 and 2.
         """
         request = REQUESTS.decode(data)
+        if not 0 <= request.seq <= MAX_SEQ:
+            raise ProtocolFault(FaultCode.MALFORMED, f"{request.type}.seq is {request.seq}, it must be 0 to {MAX_SEQ}")
+        if isinstance(request, m.Hello) and len(request.client) > MAX_CLIENT_CHARACTERS:
+            raise ProtocolFault(FaultCode.MALFORMED, f"hello.client has {len(request.client)} characters, at most {MAX_CLIENT_CHARACTERS}")
         _check_fds(request.type, fds_of_request(request), fds)
         if (self.state is State.NEW) != isinstance(request, m.Hello):
             after(self.endpoint, self.state, request)

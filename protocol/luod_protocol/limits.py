@@ -25,6 +25,12 @@ MAX_ENTRIES_PER_SESSION: Final = 16_384
 MAX_MANIFEST_BYTES: Final = 15 * 1024 * 1024
 """The manifest of one session, metadata included: below MAX_BULK_BYTES, so that `show` and `claim` can always tell it."""
 
+MAX_SEQ: Final = 2**32 - 1
+"""The number of a request."""
+
+MAX_CLIENT_CHARACTERS: Final = 255
+"""What a client calls itself in `hello`."""
+
 SESSION_ID_BYTES: Final = 16
 """A session's random id."""
 

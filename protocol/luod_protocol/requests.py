@@ -71,13 +71,15 @@ class Finalize:
     """serialize: seal the set. With the id of an already finalized session, and no session open: say so again.
 
     `require` names what the set must survive, else the request is refused. `seal` names seals to add to entries that are memfds:
-    `seal`, `shrink`, `grow`, `write`, `future-write`, `exec`.
+    `seal`, `shrink`, `grow`, `write`, `future-write`, `exec`. `entries` is how many the client has preserved: with another number the request
+    is refused, so that one sent behind a `preserve` that was refused can't seal a part.
     """
 
     type: ClassVar[str] = "finalize"
     seq: int
     session_id: bytes
     require: tuple[str, ...] = ()
+    entries: int | None = None
     seal: dict[str, tuple[str, ...]] = attrs.Factory(dict[str, tuple[str, ...]])
 
 

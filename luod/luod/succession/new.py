@@ -25,7 +25,7 @@ from luod import manifest, verify
 from luod.handlers.base import Mismatch
 from luod.manifest import ManifestFault, ManifestFromTheFuture
 from luod.session import Session, Staged
-from luod.store import Ended
+from luod.store import Ended, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import (
     VERSIONS,
@@ -66,6 +66,9 @@ class Heir(Protocol):
     """The frozen server that is filled. It owns every fd that it is given."""
 
     boot_id: str
+
+    @property
+    def store(self) -> Store: ...
 
     def adopt_session(self, session: Session) -> None: ...
 
@@ -237,6 +240,8 @@ class NewSide:
     async def _take_frozen(self, message: Frozen) -> None:
         if message.connections != self._live:
             raise Mismatch(f"{self._live} of {message.connections} connections came")
+        if message.sessions != len(self._ready_heir.store):
+            raise Mismatch(f"{len(self._ready_heir.store)} of {message.sessions} sessions came")
         self._step(NewEvent.FROZEN)
         self.since_us = message.since_us
         try:
