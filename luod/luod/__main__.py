@@ -19,12 +19,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
 
+import attrs
 import trio
 
 from luod import listening
 from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
 from luod.custody import Capacity
 from luod.handlers import kinds
+from luod.rehearsal import rehearse
 from luod.server import Server
 from luod.succession.channel import Channel
 from luod.succession.messages import Offer
@@ -44,6 +46,9 @@ OLDEST_KERNEL: Final = (5, 15)
 
 FD_TABLE: Final = 65_536
 """The descriptor table is grown to this once, at the start: growing it later, with a thread alive, waits for an RCU grace period."""
+
+COURTESY_S: Final = 0.005
+"""How long a successor leaves its first moments to the clients that waited, in seconds."""
 
 log = logging.getLogger("luod")
 
@@ -117,9 +122,12 @@ def _is_open(fd: int) -> bool:
 
 
 def _capacity(config: Config) -> Capacity:
+    descriptors = default_max_open()
+    connections = min(config.limits.max_connections, descriptors // 4)
     return Capacity(
         sessions=config.limits.max_sessions,
-        staged_fds=max(0, default_max_open() - HEADROOM_FDS - config.limits.max_connections),
+        connections=connections,
+        staged_fds=descriptors - connections - min(HEADROOM_FDS, descriptors // 4),
         preserved_fds=preserved_fds(config.limits),
     )
 
@@ -158,89 +166,99 @@ def _run(config: Config, directory: str, options: Sequence[str], handover: socke
     try:
         trio.run(_serve, config, directory, options, handover)
     except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
+        only, *others = group.exceptions
+        if others:
             raise
-        raise group.exceptions[0] from None
+        raise only from None
 
 
 async def _serve(config: Config, directory: str, options: Sequence[str], handover: socket.socket | None) -> None:
-    async with trio.open_nursery() as nursery:
-        system = System()
-        if handover is None:
-            server = _fresh(nursery, config, directory, options, system)
-            server.start()
-            gc.collect()
-        else:
-            server = await _succeed(nursery, config, options, system, handover)
-        # What is here stays: a collection that walks it costs 20 ms, which a client would wait for. A successor has collected before.
-        gc.freeze()
-        gc.enable()
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            # Only now: whoever has read this may send a signal.
+    # The signals first: a successor that has committed must not be ended without its goodbye.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            start = _Start(nursery=nursery, config=config, options=options, system=System())
+            server = start.fresh(directory) if handover is None else await start.succeed(handover)
             print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
             nursery.start_soon(_leave_when_replaced, server)
             async for _ in signals:
                 break
-        await server.stop_upgrading()
-        if server.replaced.is_set():
-            await trio.sleep_forever()
-        _say_goodbye(server)
-        listening.unbind(directory)
-        nursery.cancel_scope.cancel()
+            await server.stop_upgrading()
+            if server.replaced.is_set():
+                await trio.sleep_forever()
+            _say_goodbye(server)
+            listening.unbind(directory)
+            nursery.cancel_scope.cancel()
     _exit()
 
 
-def _fresh(nursery: trio.Nursery, config: Config, directory: str, options: Sequence[str], system: System) -> Server:
-    lock = listening.lock(directory)
-    try:
-        listeners = listening.bind(directory)
-        listening.sign(lock.fileno())
-    except BaseException:
-        lock.close()
-        raise
-    return Server(
-        nursery=nursery,
-        config=config,
-        options=options,
-        system=system,
-        directory=directory,
-        lock=lock,
-        listeners=listeners,
-        generation=1,
-        capacity=_capacity(config),
-    )
+@attrs.frozen(kw_only=True)
+class _Start:
+    """The two ways in which a server comes to be. Both leave the garbage collector with what is new only: a collection that walks the rest
+    costs 20 ms, which a client would wait for."""
 
+    nursery: trio.Nursery
+    config: Config
+    options: Sequence[str]
+    system: System
 
-async def _succeed(nursery: trio.Nursery, config: Config, options: Sequence[str], system: System, handover: socket.socket) -> Server:
-    servers: list[Server] = []
-
-    def build(offer: Offer, lock: OwnedFd, listeners: Mapping[str, OwnedFd]) -> Server:
-        server = Server(
-            nursery=nursery,
-            config=config,
-            options=options,
-            system=system,
-            directory=offer.directory,
-            lock=lock,
-            listeners={Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in listeners.items()},
-            generation=offer.generation + 1,
-            capacity=_capacity(config),
-            frozen=True,
-        )
-        for ended in offer.ended:
-            server.remember(ended)
-        servers.append(server)
+    def fresh(self, directory: str) -> Server:
+        """Serve as the first of a line."""
+        lock = listening.lock(directory)
+        try:
+            listeners = listening.bind(directory)
+            listening.sign(lock.fileno())
+        except BaseException:
+            lock.close()
+            raise
+        server = self._server(directory, lock, listeners, generation=1)
+        server.start()
+        gc.collect()
+        gc.freeze()
         return server
 
-    side = NewSide(channel=Channel(handover), kinds=kinds(), build=build)
-    gc.disable()
-    await side.run()
-    (server,) = servers
-    pause_us = system.monotonic_us() - side.since_us if side.since_us else 0
-    server.thaw(pause_us=pause_us, predecessor=side.predecessor, predecessor_pid=side.offer.pid if side.offer else 0)
-    server.start()
-    listening.sign(server.inheritance()[1][0])
-    return server
+    async def succeed(self, handover: socket.socket) -> Server:
+        """Serve as the successor of the luod at the other end of `handover`."""
+        servers: list[Server] = []
+
+        def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
+            listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
+            server = self._server(offer.directory, lock, listeners, generation=offer.generation + 1, frozen=True)
+            for ended in offer.ended:
+                server.remember(ended)
+            servers.append(server)
+            return server
+
+        with OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as nothing:
+            await rehearse(self._server("", nothing, {}, generation=0))
+        side = NewSide(channel=Channel(handover), kinds=kinds(), build=build)
+        gc.disable()
+        await side.run()
+        (server,) = servers
+        pause_us = self.system.monotonic_us() - side.since_us if side.since_us else 0
+        server.thaw(pause_us=pause_us, predecessor=side.predecessor, predecessor_pid=side.offer.pid if side.offer else 0)
+        server.start()
+        # The clients that waited go first.
+        await trio.sleep(COURTESY_S)
+        gc.freeze()
+        gc.enable()
+        listening.sign(server.inheritance()[1][0])
+        return server
+
+    def _server(
+        self, directory: str, lock: OwnedFd, listeners: Mapping[Endpoint, socket.socket], *, generation: int, frozen: bool = False
+    ) -> Server:
+        return Server(
+            nursery=self.nursery,
+            config=self.config,
+            options=self.options,
+            system=self.system,
+            directory=directory,
+            lock=lock,
+            listeners=listeners,
+            generation=generation,
+            capacity=_capacity(self.config),
+            frozen=frozen,
+        )
 
 
 async def _leave_when_replaced(server: Server) -> None:

@@ -63,7 +63,7 @@ UNREAD_S: Final = 60.0
 MAX_IN_FLIGHT: Final = 4 * MAX_FDS_PER_PACKET
 """fds that may lie unread in a client's socket."""
 
-IN_FLIGHT_PAUSE_S: Final = 0.001
+IN_FLIGHT_PAUSE_S: Final = 0.005
 """How long until it is looked again whether the client has read, in seconds: no event tells."""
 
 log = logging.getLogger("luod")

@@ -36,6 +36,7 @@ class Capacity:
     """
 
     sessions: int
+    connections: int
     staged_fds: int
     preserved_fds: int
 

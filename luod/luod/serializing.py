@@ -22,12 +22,12 @@ from luod.custody import Client, Custody, Outcome, may_see, no_entry, own
 from luod.handlers import recognize
 from luod.handlers.base import Probe
 from luod.lifecycle import SessionEvent, SessionState
-from luod.session import Sealed, Session, Staged, entry_info
+from luod.session import Sealed, Session, Staged, entry_info, weigh
 from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import OwnedFd, close_all
-from luod_protocol.limits import MAX_ENTRIES_PER_SESSION, MAX_MANIFEST_BYTES
+from luod_protocol.limits import MAX_ENTRIES_PER_SESSION, MAX_MANIFEST_BYTES, MAX_NEEDS_PER_ENTRY
 
 
 class Serializing:
@@ -72,6 +72,10 @@ class Serializing:
         for spec in request.entries:
             checks.entry_name(spec.name)
             checks.metadata(spec.metadata, f"entry {spec.name!r}", spec.name)
+            if len(spec.needs) > MAX_NEEDS_PER_ENTRY:
+                raise Refusal(
+                    Code.TOO_LARGE, f"entry {spec.name!r} needs {len(spec.needs)} others, at most {MAX_NEEDS_PER_ENTRY}", entry=spec.name
+                )
             for need in spec.needs:
                 checks.entry_name(need, what=f"entry {spec.name!r} refused, its need")
         checks.unique(spec.name for spec in request.entries)
@@ -81,6 +85,13 @@ class Serializing:
                 Code.LIMIT_REACHED,
                 f"session {session.name!r} would have {session.size + len(entries)} entries, at most {MAX_ENTRIES_PER_SESSION} fit: "
                 "use several sessions",
+            )
+        weight = session.weight + weigh(entries)
+        if weight > MAX_MANIFEST_BYTES:
+            raise Refusal(
+                Code.TOO_LARGE,
+                f"session {session.name!r} would have {weight} bytes of names, needs and metadata, at most {MAX_MANIFEST_BYTES} are kept: "
+                "put them into a memfd and preserve that",
             )
         if self._custody.staged_fds + len(entries) > self._custody.capacity.staged_fds:
             raise Refusal(
@@ -99,6 +110,7 @@ class Serializing:
         for entry, fd in zip(entries, fds, strict=True):
             session.staged[entry.name] = Staged(entry=entry, fd=fd)
         fds.clear()
+        session.weight = weight
         self._custody.staged_fds += len(entries)
         return Outcome(reply=m.Preserved(seq=request.seq, entries=tuple(entry_info(entry) for entry in entries)))
 
@@ -129,7 +141,9 @@ class Serializing:
             if name not in session.staged:
                 raise no_entry(session, name)
         session.step(SessionEvent.UNPRESERVE)
-        closing = [session.staged.pop(name).fd for name in request.names]
+        taken = [session.staged.pop(name) for name in request.names]
+        session.weight -= weigh(staged.entry for staged in taken)
+        closing = [staged.fd for staged in taken]
         self._custody.staged_fds -= len(closing)
         return Outcome(reply=m.Unpreserved(seq=request.seq), closing=closing)
 
@@ -143,7 +157,7 @@ class Serializing:
         if request.entries not in (None, session.size):
             raise Refusal(
                 Code.BAD_REQUEST,
-                f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve before it refused?",
+                f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve refused?",
             )
         survival.demand(request.require)
         for name in request.seal:

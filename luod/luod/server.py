@@ -57,6 +57,9 @@ ACCEPT_PAUSE_S: Final = 0.1
 PREDECESSOR_S: Final = 10.0
 """How long a predecessor may take to end after the commit before it is killed, in seconds."""
 
+CONTROL_RESERVE: Final = 16
+"""Connections to control beyond the limit."""
+
 CLOSING_THREADS: Final = 64
 """Threads that close clients' fds at the same time."""
 
@@ -132,10 +135,10 @@ class Server:
 
     def start(self) -> None:
         """Begin to accept, and run the connections that were adopted. While frozen nothing moves yet."""
-        for endpoint, listener in self._listeners.items():
-            self._nursery.start_soon(self._accept, endpoint, listener)
         for connection in self._connections:
             self._nursery.start_soon(connection.run)
+        for endpoint, listener in self._listeners.items():
+            self._nursery.start_soon(self._accept, endpoint, listener)
 
     async def _accept(self, endpoint: Endpoint, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -149,10 +152,13 @@ class Server:
                         log.warning("can't accept on %s: %s", endpoint, error.strerror)
                         await self.gate.wait(_pause)
                     continue
-                self._welcome(endpoint, socket.socket(fileno=accepted.detach()))
+                self.welcome(endpoint, socket.socket(fileno=accepted.detach()))
 
-    def _welcome(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        if len(self._connections) >= self._config.limits.max_connections:
+    def welcome(self, endpoint: Endpoint, sock: socket.socket) -> None:
+        """Serve a connection that was accepted; takes the socket over."""
+        # Who may upgrade or look at a luod that is full must still get in.
+        room = self.capacity.connections + (CONTROL_RESERVE if endpoint is Endpoint.CONTROL else 0)
+        if len(self._connections) >= room:
             reason = f"luod has {len(self._connections)} connections, its limit: try again later"
             with sock, suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))

@@ -23,16 +23,22 @@ class Staged:
 
 @attrs.frozen(kw_only=True)
 class Sealed:
-    """A finalized session's manifest and box; `places` says where in the box each name is."""
+    """A finalized session's manifest and box; `places` says where in the box each name is, `kinds` has each kind with its `compatible`."""
 
     manifest: Manifest
     box: OwnedFd
     places: dict[str, int]
+    kinds: frozenset[tuple[str, str]]
 
     @classmethod
     def of(cls, manifest: Manifest, box: OwnedFd) -> Sealed:
         """The pair, indexed by name."""
-        return cls(manifest=manifest, box=box, places={entry.name: place for place, entry in enumerate(manifest.entries)})
+        return cls(
+            manifest=manifest,
+            box=box,
+            places={entry.name: place for place, entry in enumerate(manifest.entries)},
+            kinds=frozenset((entry.kind, entry.compatible) for entry in manifest.entries),
+        )
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -46,6 +52,8 @@ class Session:
     opened_at: float
     state: SessionState = SessionState.OPEN
     staged: dict[str, Staged] = attrs.Factory(dict[str, Staged])
+    weight: int = 0
+    """Bytes of the names, needs and metadata of the staged entries: what the manifest grows with."""
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
@@ -74,6 +82,13 @@ class Session:
         if self.sealed is not None:
             return self.sealed.manifest.entries
         return [staged.entry for staged in self.staged.values()]
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, str]]:
+        """Each kind among the entries, with its `compatible`."""
+        if self.sealed is not None:
+            return self.sealed.kinds
+        return frozenset((staged.entry.kind, staged.entry.compatible) for staged in self.staged.values())
 
     @property
     def size(self) -> int:
@@ -107,6 +122,11 @@ class Session:
             ),
             survives=survives if manifest else (),
         )
+
+
+def weigh(entries: Iterable[Entry]) -> int:
+    """The bytes of these entries that a client chose."""
+    return sum(len(entry.name) + len(entry.metadata) + sum(map(len, entry.needs)) for entry in entries)
 
 
 def entry_info(entry: Entry) -> EntryInfo:

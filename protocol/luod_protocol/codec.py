@@ -18,7 +18,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from luod_protocol import messages
 from luod_protocol.errors import FaultCode, ProtocolFault
-from luod_protocol.limits import MAX_BULK_BYTES
+from luod_protocol.limits import MAX_BULK_BYTES, MAX_REQUEST_VALUES, MAX_VALUES
 
 
 class Tagged(Protocol):
@@ -101,15 +101,31 @@ def strict_converter() -> cattrs.Converter:
     return converter
 
 
-def _unique_keys(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    pairs = list(pairs)
-    for key, _ in pairs:
-        if type(key) is not str:
-            raise ValueError(f"expected text keys, got {type(key).__name__}")
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a map has the same key twice")
-    return result
+class _Counted:
+    """Builds arrays and maps, not more than `limit` values in all: a byte can be a value, and a value costs a hundred bytes and more."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    def _count(self, values: int) -> None:
+        self._left -= values + 1
+        if self._left < 0:
+            raise ValueError("it has too many values: say it in several messages")
+
+    def array(self, items: list[Any]) -> list[Any]:
+        self._count(len(items))
+        return items
+
+    def map(self, pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        pairs = list(pairs)
+        self._count(2 * len(pairs))
+        for key, _ in pairs:
+            if type(key) is not str:
+                raise ValueError(f"expected text keys, got {type(key).__name__}")
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a map has the same key twice")
+        return result
 
 
 def as_map(value: object) -> dict[str, Any]:
@@ -127,14 +143,23 @@ def as_map(value: object) -> dict[str, Any]:
     return fields
 
 
-def unpack(data: bytes) -> object:
-    """One msgpack value from `data`, all of it.
+def unpack(data: bytes, max_values: int = MAX_VALUES) -> object:
+    """One msgpack value from `data`, all of it, built of at most `max_values`.
 
     Raises:
-        ProtocolFault: it is not exactly one msgpack value with text keys.
+        ProtocolFault: it is not exactly one msgpack value with text keys, or too many.
     """
+    counted = _Counted(max_values)
     try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=True, object_pairs_hook=_unique_keys)
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=counted.map,
+            list_hook=counted.array,
+            max_array_len=max_values,
+            max_map_len=max_values,
+        )
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ProtocolFault(FaultCode.MALFORMED, f"the packet is not one msgpack value: {reason}") from None
@@ -150,9 +175,11 @@ class Codec(Generic[T]):
 
     Args:
         kinds: the message classes, each with a class attribute `type`.
+        max_values: how many values a message may be built of.
     """
 
-    def __init__(self, kinds: Iterable[type[T]]) -> None:
+    def __init__(self, kinds: Iterable[type[T]], max_values: int = MAX_VALUES) -> None:
+        self._max_values = max_values
         self._kinds: Mapping[str, type[T]] = {kind.type: kind for kind in kinds}
         self._converter = strict_converter()
         # Made now and not at the first use: a daemon must not compile (or import) anything in a pause.
@@ -176,7 +203,7 @@ class Codec(Generic[T]):
             ProtocolFault: malformed, unknown or not as its class says; the text names the field.
         """
         try:
-            value = as_map(unpack(data))
+            value = as_map(unpack(data, self._max_values))
         except TypeError as error:
             raise ProtocolFault(FaultCode.MALFORMED, f"a message is a map with text keys: {error}") from None
         tag = value.pop("type", None)
@@ -222,5 +249,5 @@ def bulk_size(data: bytes) -> int | None:
     return size
 
 
-REQUESTS: Codec[messages.Request] = Codec(get_args(messages.Request))
+REQUESTS: Codec[messages.Request] = Codec(get_args(messages.Request), MAX_REQUEST_VALUES)
 REPLIES: Codec[messages.Reply] = Codec(get_args(messages.Reply))

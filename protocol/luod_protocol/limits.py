@@ -10,6 +10,12 @@ MAX_PACKET_BYTES: Final = 64 * 1024
 MAX_BULK_BYTES: Final = 16 * 1024 * 1024
 """A message that travels in a sealed memfd."""
 
+MAX_REQUEST_VALUES: Final = 131_072
+"""msgpack values in a request, of strangers: room for 16,384 entries with all their seals."""
+
+MAX_VALUES: Final = 4_194_304
+"""msgpack values in any other message, of one's own kind."""
+
 MAX_FDS_PER_PACKET: Final = 253
 """SCM_MAX_FD of include/net/scm.h: sendmsg(2) answers EINVAL beyond."""
 
@@ -18,6 +24,9 @@ MAX_NAME_BYTES: Final = 255
 
 MAX_METADATA_BYTES: Final = 32 * 1024
 """What a client may attach to a session, and to each entry. More belongs into a memfd of its own."""
+
+MAX_NEEDS_PER_ENTRY: Final = 256
+"""Names in `needs`."""
 
 MAX_ENTRIES_PER_SESSION: Final = 16_384
 """A box of boxes holds 63,756; this leaves room and keeps a `show` reply within MAX_BULK_BYTES."""

@@ -71,8 +71,8 @@ class Finalize:
     """serialize: seal the set. With the id of an already finalized session, and no session open: say so again.
 
     `require` names what the set must survive, else the request is refused. `seal` names seals to add to entries that are memfds:
-    `seal`, `shrink`, `grow`, `write`, `future-write`, `exec`. `entries` is how many the client has preserved: with another number the request
-    is refused, so that one sent behind a `preserve` that was refused can't seal a part.
+    `seal`, `shrink`, `grow`, `write`, `future-write`, `exec`. `entries` is how many the client has preserved: with another number the
+    request is refused, so that one sent behind a `preserve` that was refused can't seal a part.
     """
 
     type: ClassVar[str] = "finalize"

@@ -10,4 +10,7 @@ def unpackb(
     raw: bool = ...,
     strict_map_key: bool = ...,
     object_pairs_hook: Callable[[list[tuple[Any, Any]]], object] | None = ...,
+    list_hook: Callable[[list[Any]], object] | None = ...,
+    max_array_len: int = ...,
+    max_map_len: int = ...,
 ) -> object: ...

@@ -24,7 +24,7 @@ import trio
 from luod import manifest, verify
 from luod.handlers.base import Mismatch
 from luod.manifest import ManifestFault, ManifestFromTheFuture
-from luod.session import Session, Staged
+from luod.session import Session, Staged, weigh
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import (
@@ -231,6 +231,7 @@ class NewSide:
                     metadata=opened.metadata,
                     opened_at=opened.opened_at,
                     staged=staged,
+                    weight=weigh(each.entry for each in staged.values()),
                 )
             )
         unread, self._unread = self._unread, None
@@ -247,9 +248,8 @@ class NewSide:
         try:
             self._channel.send_now(Serving())
         except OSError:
-            await self._lost()
-        else:
-            self._step(NewEvent.COMMITTED)
+            return  # its last words, or the end of the socket, tell whether the old daemon is dead or has thawed
+        self._step(NewEvent.COMMITTED)
 
     # --------------------------------------------------------------------------------------------------------- inside
 

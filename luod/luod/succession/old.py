@@ -150,13 +150,12 @@ class OldSide:
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
-        held = [entry for session in self._host.store for entry in session.contents]
         manifests = {session.sealed.manifest.version for session in self._host.store if session.sealed is not None}
         missing = obstacles(
             meet,
             manifests=manifests,
             wires=self._host.wire_versions(),
-            kinds={(entry.kind, entry.compatible) for entry in held},
+            kinds={kind for session in self._host.store for kind in session.kinds},
         )
         if missing:
             self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
@@ -223,12 +222,12 @@ class OldSide:
             if session is not None and session.sealed is None:
                 await self._send_open(session)
             for message, fds in messages:
-                await self._channel.send(message, fds)
+                await self._channel.send_fast(message, fds)
             connections += 1
-        await self._channel.send(Frozen(since_us=self._since_us, connections=connections, sessions=len(self._host.store)))
+        await self._channel.send_fast(Frozen(since_us=self._since_us, connections=connections, sessions=len(self._host.store)))
 
     async def _send_open(self, session: Session) -> None:
-        await self._channel.send(
+        await self._channel.send_fast(
             OpenSession(
                 session_id=session.session_id,
                 name=session.name,
@@ -241,7 +240,7 @@ class OldSide:
         staged = list(session.staged.values())
         for start in range(0, len(staged), STAGED_PER_PACKET):
             part = staged[start : start + STAGED_PER_PACKET]
-            await self._channel.send(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
+            await self._channel.send_fast(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
 
     async def stop(self) -> None:
         """This daemon is to end: give up, unless the successor has everything already; returns when it is decided."""

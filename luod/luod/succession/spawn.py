@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +28,12 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
         command += [*options, "--succeed-fd", str(inherited)]
         null = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=null)
-        return OwnedFd(os.pidfd_open(pid))
+        try:
+            return OwnedFd(os.pidfd_open(pid))
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
     except OSError as error:
         raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]:.200} can't be started: {error.strerror}") from None
     finally:

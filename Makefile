@@ -1,0 +1,69 @@
+# Everything sets itself up. The virtual environment in .venv is brought up to date when pyproject.toml changes;
+# `make clean` and the next target make it from nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready$(subst /,-,-$(PYTHON))
+BENCH := benchmarks/build/fdmove
+CFLAGS ?= -O2 -g
+WARNINGS := -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Werror
+CHECKS := check-ruff check-format check-mypy check-pyright check-imports
+
+.PHONY: test demo bench lint clean $(CHECKS)
+.DELETE_ON_ERROR:
+
+test: $(READY)-test  ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+demo: $(READY)-test  ## the whole story on this machine
+	@$(BIN)/luoctl demo $(ARGS)
+
+bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
+	@PYTHONPATH=tests $(BIN)/python benchmarks/bench.py --fdmove $(BENCH) $(ARGS)
+
+lint: $(CHECKS)  ## every static check; -k goes on after one that fails
+
+check-ruff: $(READY)-lint
+	$(BIN)/ruff check .
+
+check-format: $(READY)-lint
+	$(BIN)/ruff format --check .
+
+check-mypy: $(READY)-lint
+	$(BIN)/mypy protocol luod client tests benchmarks
+
+check-pyright: $(READY)-lint
+	$(BIN)/pyright
+
+check-imports: $(READY)-lint
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	@rm -rf $(VENV) benchmarks/build build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY)-test: pyproject.toml
+	@command -v '$(PYTHON)' >/dev/null || { \
+	    echo "make: there is no $(PYTHON): install the Debian package python3, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: $(PYTHON) is $$('$(PYTHON)' -V 2>&1), luod needs 3.11 or later:" \
+	        "say make PYTHON=/path/to/python3.11 (Debian 12 and later have it as python3)" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo "make: $(PYTHON) can't make a virtual environment (venv or ensurepip is missing):" \
+	        "install the Debian package python3-venv" >&2; exit 1; }
+	@echo "make: setting up $(VENV) with $$('$(PYTHON)' -V)"
+	@version='import sys; print(sys.version)'; \
+	    if [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$('$(PYTHON)' -c "$$version")" ]; then '$(PYTHON)' -m venv --clear $(VENV); fi
+	@rm -f $(VENV)/ready-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(READY)-lint: $(READY)-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+$(BENCH): benchmarks/c/fdmove.c
+	@command -v $(CC) >/dev/null || { echo "make: there is no $(CC): install the Debian packages gcc and libc6-dev" >&2; exit 1; }
+	@mkdir -p $(@D)
+	@$(CC) $(CFLAGS) $(WARNINGS) -o $@ $<

@@ -1,0 +1,70 @@
+"""Every test: nothing may be left behind, neither a descriptor nor a process nor something that should have been closed."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from harness import Daemon, adopt_orphans
+from leftovers import Watch, time_limit
+
+LIMIT_S = 60
+SLOW_LIMIT_S = 180
+_FAILED = pytest.StashKey[bool]()
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_configure() -> None:
+    """A daemon's successor that outlives its parent comes to us, to be seen."""
+    adopt_orphans()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only root can do; `pytest_report_collectionfinish` says so."""
+    if os.geteuid() != 0:
+        left_out = [item for item in items if item.get_closest_marker("root")]
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Whether all tests run."""
+    left_out = config.stash.get(_LEFT_OUT, 0)
+    return [f"not root: {left_out} tests with several users are left out"] if left_out else []
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collections after each test need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Remember that a test failed, for its fixtures."""
+    if call.excinfo is not None:
+        item.stash[_FAILED] = True
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves something behind, or that takes for ever."""
+    watch = Watch()
+    with time_limit(SLOW_LIMIT_S if request.node.get_closest_marker("slow") else LIMIT_S):
+        yield
+    left = watch.left_behind()
+    if left:
+        pytest.fail("left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """A luod of the test's own; see `Daemon` for what must hold at its end."""
+    with Daemon() as daemon:
+        yield daemon
+        if request.node.stash.get(_FAILED, False):
+            print(f"luod's stderr:\n{daemon.stderr}")
+            daemon.abandon()
