@@ -324,7 +324,7 @@ class Server:
         return {each.protocol.version for each in self._connections if each.protocol.version}
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
-        """Every live connection: its session, and the messages that describe it with their fds (borrowed). Only while frozen."""
+        """Every live connection: its session, and the messages that describe it with their fds (borrowed). True while frozen."""
         for connection in self._connections:
             if connection.protocol.state is State.HANDED_OVER:
                 continue

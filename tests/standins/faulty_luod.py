@@ -159,7 +159,7 @@ def install(plan: Plan) -> None:
         await send(self, message, fds)
         await plan.at("after-send", self, message)
 
-    def faulty_send_now(self: Channel, message: Handover) -> None:
+    def faulty_send_now(self: Channel, message: Handover, fds: Sequence[int] = ()) -> None:
         for when in ("before-send", "after-send"):
             action = plan.due(when, message.type)
             if action in ENDS:
@@ -169,7 +169,7 @@ def install(plan: Plan) -> None:
             elif action:
                 wire.send(_raw(self), SAYS[action], flags=socket.MSG_DONTWAIT)
             if when == "before-send":
-                send_now(self, message)
+                send_now(self, message, fds)
 
     async def faulty_receive(self: Channel) -> Any:
         received = await receive(self)
@@ -187,6 +187,7 @@ def install(plan: Plan) -> None:
 
     for owner, name, function in (
         (Channel, "send", faulty_send),
+        (Channel, "send_fast", faulty_send),
         (Channel, "send_now", faulty_send_now),
         (Channel, "receive", faulty_receive),
         (verify, "boxed", faulty_boxed),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from luod_protocol import messages as m
 from luod_protocol.codec import REPLIES, REQUESTS, Codec, as_map, bulk_size, encode_bulk, pack, unpack
 from luod_protocol.errors import FaultCode, ProtocolFault
-from luod_protocol.limits import MAX_BULK_BYTES
+from luod_protocol.limits import MAX_BULK_BYTES, MAX_REQUEST_VALUES
 from unit.generated import KINDS, REPLY_KINDS, REQUEST_KINDS, any_of, codec_of, fields, plain
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -222,6 +222,20 @@ def test_what_is_no_message_is_a_fault(data: bytes, words: str) -> None:
     error = fault_of(data)
     assert error.code in (FaultCode.MALFORMED, FaultCode.UNKNOWN_MESSAGE)
     assert words in error.message
+
+
+def test_a_request_is_built_of_so_many_values() -> None:
+    """Each costs luod memory, and one byte can be one: arrays of arrays and maps count as well."""
+    most = MAX_REQUEST_VALUES - 8  # the message is a map of three, and `names` itself is one
+    decoded = REQUESTS.decode(pack({"type": "unpreserve", "seq": 1, "names": [""] * most}))
+    assert isinstance(decoded, m.Unpreserve)
+    assert len(decoded.names) == most
+    half = MAX_REQUEST_VALUES // 2
+    shapes: list[Any] = [[""] * (most + 1), [[]] * half, [[""]] * half, [{}] * half, {str(number): 1 for number in range(half)}]
+    for names in shapes:
+        error = fault_of(pack({"type": "unpreserve", "seq": 1, "names": names}))
+        assert error.code is FaultCode.MALFORMED
+        assert "too many values" in error.message
 
 
 def test_bytes_for_keys_deep_inside_are_a_fault() -> None:
