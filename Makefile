@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
 READY := $(VENV)/ready$(subst /,-,-$(PYTHON))
 BENCH := benchmarks/build/fdmove
 CFLAGS ?= -O2 -g
@@ -14,7 +15,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 demo: $(READY)-test  ## the whole story on this machine
 	@$(BIN)/luoctl demo $(ARGS)

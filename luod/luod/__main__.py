@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final, NoReturn
 
 import attrs
@@ -178,7 +179,9 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
         async with trio.open_nursery() as nursery:
             start = _Start(nursery=nursery, config=config, options=options, system=System())
             server = start.fresh(directory) if handover is None else await start.succeed(handover)
-            print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
+            # Nobody may listen any more, or the disk be full: no reason to end, least of all after a commit.
+            with suppress(OSError):
+                print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
             nursery.start_soon(_leave_when_replaced, server)
             async for _ in signals:
                 break
@@ -241,7 +244,8 @@ class _Start:
         await trio.sleep(COURTESY_S)
         gc.freeze()
         gc.enable()
-        listening.sign(server.inheritance()[1][0])
+        with suppress(OSError):  # for people only
+            listening.sign(server.inheritance()[1][0])
         return server
 
     def _server(
@@ -270,7 +274,8 @@ async def _leave_when_replaced(server: Server) -> None:
 def _exit() -> NoReturn:
     # The kernel closes what is held, all at once; tearing the interpreter down would only close it one by one.
     logging.shutdown()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(0)
 
 

@@ -393,8 +393,8 @@ SOCKETS: Final = (
     Specimen(
         name="socket-unix-abstract",
         kind="socket",
-        make=_socket(socket.AF_UNIX, socket.SOCK_DGRAM, b"\0luod-specimen" + HOSTILE),
-        facts={"connected": 0, "address": r"@luod-specimen\xff\x1b[31m\n:"},
+        make=_socket(socket.AF_UNIX, socket.SOCK_DGRAM, b"\0luod-specimen-%d" % os.getpid() + HOSTILE),
+        facts={"connected": 0, "address": f"@luod-specimen-{os.getpid()}" + r"\xff\x1b[31m\n:"},
     ),
     Specimen(name="socket-unix-path", kind="socket", make=_listening_at_a_hostile_path, facts={"listening": 1, "connected": 0}),
     Specimen(

@@ -289,10 +289,11 @@ def test_too_many_connections(tmp_path: Path) -> None:
         until(lambda: daemon.status().connections == 1, "the connections of `status` itself to be gone")
         with open_session(daemon) as (raw, read), Raw(daemon.runtime_dir), Raw(daemon.runtime_dir, Endpoint.CONTROL):
             with Raw(daemon.runtime_dir, Endpoint.DESERIALIZE) as last:
-                for endpoint in Endpoint:
+                for endpoint in (Endpoint.SERIALIZE, Endpoint.DESERIALIZE):
                     with Raw(daemon.runtime_dir, endpoint, greet=False) as refused:
                         refused.try_put(pack(HELLO))
                         assert "4 connections, its limit" in refused.faulted(FaultCode.TOO_MANY_CONNECTIONS)
+                assert daemon.status().connections == 5, "control has room beyond the limit"
                 assert isinstance(last.ask(STATUS), m.DaemonStatus)
             assert not let_go(read, 0)
             assert isinstance(raw.ask({"type": "cancel", "seq": 1}), m.Cancelled)

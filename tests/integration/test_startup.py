@@ -256,3 +256,22 @@ def test_a_whole_configuration(tmp_path: Path) -> None:
     with Daemon(options=("--config", str(file))) as daemon:
         daemon.upgrade()
         assert daemon.status().generation == 2
+
+
+def test_one_whose_stderr_nobody_reads_goes_on(tmp_path: Path) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    where = str(tmp_path / "run")
+    with subprocess.Popen([*PYTHON, "-m", "luod", "--runtime-dir", where], stdin=subprocess.DEVNULL, stderr=writer) as luod:
+        os.close(writer)
+        assert b"serves" in os.read(reader, 4096)
+        os.close(reader)
+        with luod_client.control(runtime_dir=where) as control:
+            assert control.upgrade().generation == 2
+            pid = control.status().pid
+            assert luod.wait(LIMIT_S) == 0
+            assert control.upgrade().generation == 3
+            third = control.status().pid
+        # The tests adopt orphans: both successors are ours to reap.
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        os.kill(third, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(third, 0)[1]) == 0

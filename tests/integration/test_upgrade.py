@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,17 +16,27 @@ import pytest
 
 import luod_client
 from faulty import Faulty, ask_upgrade, meanwhile, run_module, scene
-from harness import LIMIT_S, Daemon, Talk, spawn_client
+from harness import LIMIT_S, Daemon, Talk, spawn_client, until
+from luod_client import Refusal
 from luod_protocol import messages as m
-from luod_protocol.fds import close_all
+from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.messages import Endpoint
 from pipelining import Pipeline
+from processes import PYTHON
 from things import eventfd, let_go, memfd, pipe, preserve_pipe, same_file, unix_pair
 
 
 def finish(runtime_dir: str, name: str) -> None:
     with luod_client.deserialize(runtime_dir=runtime_dir) as looker, looker.claim(name) as claim:
         claim.finish()
+
+
+def serves(runtime_dir: str) -> bool:
+    try:
+        luod_client.control(runtime_dir=runtime_dir).close()
+    except luod_client.NoDaemon:
+        return False
+    return True
 
 
 # What is preserved.
@@ -330,3 +342,31 @@ def test_a_predecessor_that_does_not_end_is_killed(daemon: Daemon, tmp_path: Pat
         finish(where, "guest")
         assert let_go(end, 0)
     daemon.wait_stderr("the predecessor did not end within 10 s of the handover and is killed")
+
+
+@pytest.mark.parametrize("stderr", ["broken pipe", "/dev/full"])
+def test_a_luod_to_which_nobody_listens(tmp_path: Path, stderr: str) -> None:
+    """What can't be said must not end a daemon, above all not right after its commit."""
+    where = str(tmp_path)
+    with ExitStack() as stack:
+        if stderr == "broken pipe":
+            read, write = stack.enter_context(pipe())
+            read.close()
+        else:
+            write = stack.enter_context(OwnedFd(os.open(stderr, os.O_WRONLY | os.O_CLOEXEC)))
+        first = subprocess.Popen([*PYTHON, "-m", "luod", "--runtime-dir", where], stdin=subprocess.DEVNULL, stderr=write.fileno())
+    with first:
+        until(lambda: serves(where), "luod serves")
+        with scene(where) as made:
+            for generation in (2, 3):
+                assert ask_upgrade(where).generation == generation
+                assert made.open.status().generation == generation
+            with pytest.raises(Refusal):
+                ask_upgrade(where, "/bin/false")
+            made.check_live()
+            made.check_finalized("first")
+            with luod_client.control(runtime_dir=where) as control:
+                pid = control.status().pid
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert first.wait(LIMIT_S) == 0
