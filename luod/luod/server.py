@@ -100,6 +100,8 @@ class Server:
         frozen: bool = False,
     ) -> None:
         self.gate = Gate(is_open=not frozen)
+        self.door = Gate(is_open=not frozen)
+        """For accepting: it is closed first, for whoever connects waits in the backlog and notices nothing."""
         self.system = system
         self.boot_id = system.boot_id
         self.directory = directory
@@ -143,14 +145,14 @@ class Server:
     async def _accept(self, endpoint: Endpoint, listener: socket.socket) -> None:
         listener.setblocking(False)
         sock = trio.socket.from_stdlib_socket(listener)
-        with self.gate.working():
+        with self.door.working():
             while True:
                 try:
-                    accepted, _ = await self.gate.wait(sock.accept)
+                    accepted, _ = await self.door.wait(sock.accept)
                 except OSError as error:
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                         log.warning("can't accept on %s: %s", endpoint, error.strerror)
-                        await self.gate.wait(_pause)
+                        await self.door.wait(_pause)
                     continue
                 self.welcome(endpoint, socket.socket(fileno=accepted.detach()))
 
@@ -370,6 +372,7 @@ class Server:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone)
         self.gate.open()
+        self.door.open()
         for connection in [each for each in self._connections if each.upgrade_seq >= 0]:
             connection.answer_upgrade(
                 m.Upgraded(

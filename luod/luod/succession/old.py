@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import math
 import os
 import signal
@@ -63,8 +64,13 @@ STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
 REHEARSALS = 10
 """Enough for CPython to have specialized what runs in each, and few enough to cost nothing."""
 
+BUG = "luod has a bug in its handover and logged it"
+
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
+
+
+log = logging.getLogger("luod")
 
 
 class HandoverFailed(LuodError):
@@ -75,6 +81,7 @@ class Host(Protocol):
     """What a handover needs of the server."""
 
     gate: Gate
+    door: Gate
     system: System
     generation: int
     started_at: float
@@ -136,6 +143,10 @@ class OldSide:
         except HandoverFailed as failure:
             reason = str(failure)
             raise
+        except Exception as bug:
+            reason = BUG
+            log.exception(BUG)
+            raise HandoverFailed(BUG) from bug
         finally:
             if self.state in (OldState.FROZEN, OldState.DRAINING, OldState.REPLACED):
                 # Replaced; or this process is ending in the middle, and its successor will find it dead and serve.
@@ -144,6 +155,7 @@ class OldSide:
             else:
                 self._logging = False
                 self._host.gate.open()
+                self._host.door.open()
                 gc.enable()
                 self._channel.close(reason)
                 with trio.CancelScope(shield=True):
@@ -201,6 +213,9 @@ class OldSide:
             CODEC.encode(Frozen(since_us=self._host.system.monotonic_us(), connections=0, sessions=0))
 
     async def _freeze(self) -> None:
+        # First the door, where nobody waits for an answer: less is left to be done in the pause.
+        self._host.door.close()
+        await self._host.door.still()
         gc.disable()
         self._since_us = self._host.system.monotonic_us()
         self._host.gate.close()
@@ -214,9 +229,14 @@ class OldSide:
         event: OldEvent = OldEvent.LATE
         said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
-            with suppress(OSError):
-                await self._send_live()
-            event, said = await self._events.receive()
+            try:
+                with suppress(OSError):
+                    await self._send_live()
+                event, said = await self._events.receive()
+            except Exception:
+                # Frozen: whatever it is, there is one way back.
+                event, said = OldEvent.DECLINED, BUG
+                log.exception(BUG)
         if event in (OldEvent.ACCEPTED, OldEvent.VERIFIED):
             event, said = OldEvent.DECLINED, f"the successor sent {event} out of order"
         self._step(event)
@@ -366,6 +386,8 @@ class OldSide:
                     self._post.send_nowait((OldEvent.DECLINED, f"the successor declined: {message.reason}"))
                 case _:
                     self._post.send_nowait((OldEvent.DECLINED, f"the successor sent {message.type}, which is not its to send"))
+            # A successor that sends without end must not keep the clients waiting.
+            await trio.lowlevel.checkpoint()
 
     async def _see_off(self) -> None:
         """Wait until the successor is gone, and with it its copies; kill it when it doesn't go."""
