@@ -217,7 +217,10 @@ class Daemon:
 
     def _what_is_held(self) -> str:
         folder = f"/proc/{self._current}/fd"
-        held = {fd: os.readlink(f"{folder}/{fd}") for fd in sorted(os.listdir(folder), key=int)}
+        held: dict[str, str] = {}
+        for fd in sorted(os.listdir(folder), key=int):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                held[fd] = os.readlink(f"{folder}/{fd}")
         return f"luod idle with {self.baseline} descriptors and one a session: {self.status()}\n{held}"
 
     def tolerate(self, pattern: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -24,8 +23,7 @@ from luod_protocol.sealed import seal_bytes
 from raw import HELLO, SESSION_ID, Raw
 from things import eventfd, memfd
 
-BUDGET_S: Final = 2.0
-MOST: Final = 250
+MOST: Final = 150
 
 VALID: Final[Sequence[dict[str, Any]]] = (
     dict(HELLO),
@@ -120,7 +118,6 @@ def _send(raw: Raw, packet: Sent, fds: dict[str, OwnedFd]) -> bool:
 
 
 def test_random_packets(daemon: Daemon) -> None:
-    deadline = time.monotonic() + BUDGET_S
     tried = 0
     answers: set[str] = set()
     fds = _fds()
@@ -129,8 +126,6 @@ def test_random_packets(daemon: Daemon) -> None:
     @given(CONVERSATIONS)
     def converse(conversation: tuple[Endpoint, Sequence[dict[str, Any]], Sequence[Sent]]) -> None:
         nonlocal tried
-        if time.monotonic() > deadline:
-            return
         tried += 1
         endpoint, beginning, packets = conversation
         with Raw(daemon.runtime_dir, endpoint, greet=False) as raw:
@@ -150,7 +145,7 @@ def test_random_packets(daemon: Daemon) -> None:
             converse()
     finally:
         close_all(fds.values())
-    assert tried > 20
+    assert tried >= MOST
     assert "fault" in answers
     with luod_client.deserialize(runtime_dir=daemon.runtime_dir) as looker:
         for each in looker.list():
