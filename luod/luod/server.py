@@ -18,9 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
@@ -41,6 +39,7 @@ from luod.succession.channel import Channel
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
 from luod.succession.old import HandoverFailed, OldSide
+from luod.succession.other import peer_pidfd, see_off
 from luod.succession.spawn import spawn
 from luod.system import Process, System
 from luod_protocol import messages as m
@@ -62,9 +61,6 @@ CONTROL_RESERVE: Final = 16
 
 CLOSING_THREADS: Final = 64
 """Threads that close clients' fds at the same time."""
-
-SO_PEERPIDFD: Final = 77
-"""include/uapi/asm-generic/socket.h, Linux 6.5 and later."""
 
 log = logging.getLogger("luod")
 
@@ -283,7 +279,7 @@ class Server:
                 Code.NOT_PERMITTED,
                 f"a successor runs as uid {self.system.uid} like this luod, not as uid {connection.client.uid}: start it so",
             )
-        successor = _peer_pidfd(connection.raw, connection.client.process.pid)
+        successor = peer_pidfd(connection.raw, connection.client.process.pid)
         ours, theirs = _handover_pair()
         self._hand_over(ours, successor)
         return OwnedFd(theirs.detach())
@@ -387,14 +383,8 @@ class Server:
 
     async def _outlive(self, predecessor: OwnedFd, alone: trio.Event) -> None:
         with predecessor:
-            with trio.move_on_after(PREDECESSOR_S) as scope:
-                await trio.lowlevel.wait_readable(predecessor.fileno())
-            if scope.cancelled_caught:
-                log.warning("the predecessor did not end within %g s of the handover and is killed", PREDECESSOR_S)
-                with suppress(ProcessLookupError, PermissionError):
-                    signal.pidfd_send_signal(predecessor.fileno(), signal.SIGKILL)
-                with trio.move_on_after(PREDECESSOR_S):
-                    await trio.lowlevel.wait_readable(predecessor.fileno())
+            if await see_off(predecessor.fileno(), PREDECESSOR_S):
+                log.warning("the predecessor did not end within %g s of the handover and was killed", PREDECESSOR_S)
         self._alone = None
         alone.set()
 
@@ -408,14 +398,3 @@ def _handover_pair() -> tuple[socket.socket, socket.socket]:
 
 async def _pause() -> None:
     await trio.sleep(ACCEPT_PAUSE_S)
-
-
-def _peer_pidfd(sock: socket.socket, pid: int) -> OwnedFd:
-    try:
-        return OwnedFd(struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, struct.calcsize("i")))[0])
-    except OSError:
-        # Before Linux 6.5: by pid, which is that of a process that waits for our answer.
-        try:
-            return OwnedFd(os.pidfd_open(pid))
-        except OSError as error:
-            raise Refusal(Code.UPGRADE_FAILED, f"process {pid} can't be watched: {error.strerror}") from None

@@ -341,7 +341,7 @@ def test_a_predecessor_that_does_not_end_is_killed(daemon: Daemon, tmp_path: Pat
         assert ask_upgrade(where).generation == 3
         finish(where, "guest")
         assert let_go(end, 0)
-    daemon.wait_stderr("the predecessor did not end within 10 s of the handover and is killed")
+    daemon.wait_stderr("the predecessor did not end within 10 s of the handover and was killed")
 
 
 @pytest.mark.parametrize("stderr", ["broken pipe", "/dev/full"])

@@ -15,11 +15,9 @@ Invariants: only receives are cancelled by the freeze; no step waits for a clien
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import math
 import os
-import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn, Protocol
@@ -33,7 +31,6 @@ from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import (
-    CODEC,
     VERSIONS,
     Box,
     Copied,
@@ -51,6 +48,7 @@ from luod.succession.messages import (
     Verified,
 )
 from luod.succession.old_table import OldEvent, OldState, step
+from luod.succession.other import reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
@@ -60,9 +58,6 @@ from luod_protocol.version import RELEASE
 
 STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
 """One is left for the memfd of a packet that has to travel as bulk."""
-
-REHEARSALS = 10
-"""Enough for CPython to have specialized what runs in each, and few enough to cost nothing."""
 
 BUG = "luod has a bug in its handover and logged it"
 
@@ -198,19 +193,10 @@ class OldSide:
         for session in finalized:
             await self._send_box(session, self._send)
         await self._send(Copied())
-        self._rehearse()
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
             self._fail(event, said)
         self._step(event)
-
-    def _rehearse(self) -> None:
-        """Describe what is live now, for nothing: in the pause this code must not run for the first time."""
-        for _ in range(REHEARSALS):
-            for _, messages in itertools.islice(self._host.connections(), REHEARSALS):
-                for message, _ in messages:
-                    CODEC.encode(message)
-            CODEC.encode(Frozen(since_us=self._host.system.monotonic_us(), connections=0, sessions=0))
 
     async def _freeze(self) -> None:
         # First the door, where nobody waits for an answer: less is left to be done in the pause.
@@ -390,19 +376,9 @@ class OldSide:
             await trio.lowlevel.checkpoint()
 
     async def _see_off(self) -> None:
-        """Wait until the successor is gone, and with it its copies; kill it when it doesn't go."""
+        """Wait until the successor is gone, and with it its copies."""
         with self._successor:
-            with trio.move_on_after(LEAVE_S) as scope:
-                await trio.lowlevel.wait_readable(self._successor.fileno())
-            if scope.cancelled_caught:
-                with suppress(ProcessLookupError, PermissionError):
-                    signal.pidfd_send_signal(self._successor.fileno(), signal.SIGKILL)
-                with trio.move_on_after(LEAVE_S):
-                    await trio.lowlevel.wait_readable(self._successor.fileno())
-            with suppress(ChildProcessError):
-                ended = os.waitid(os.P_PIDFD, self._successor.fileno(), os.WEXITED | os.WNOHANG)  # noqa: ASYNC222  # WNOHANG
-                if ended is not None:
-                    how = "status" if ended.si_code == os.CLD_EXITED else "signal"
-                    self.fate = f" (it ended with {how} {ended.si_status})"
+            await see_off(self._successor.fileno(), LEAVE_S)
+            self.fate = reap(self._successor.fileno())
             for waiting in self._let_go.values():
                 waiting.set()

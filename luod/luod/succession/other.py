@@ -1,0 +1,69 @@
+"""The other process of a handover, seen through its pidfd: its end is awaited, and brought about when it doesn't come.
+
+A successor that was told to leave, and a predecessor that has been replaced, hold copies of everything until they are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from luod_protocol.errors import Code, Refusal
+from luod_protocol.fds import OwnedFd
+
+SO_PEERPIDFD: Final = 77
+"""include/uapi/asm-generic/socket.h, Linux 6.5 and later."""
+
+KILLED_S: Final = 2.0
+"""How long a killed process may take to be gone, in seconds. One that hangs in the kernel isn't waited for any longer."""
+
+
+def peer_pidfd(sock: socket.socket, pid: int) -> OwnedFd:
+    """A pidfd of the process that connected `sock`, which has this pid and waits for an answer. The caller owns it.
+
+    Raises:
+        Refusal: it is gone.
+    """
+    try:
+        return OwnedFd(struct.unpack("i", sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, struct.calcsize("i")))[0])
+    except OSError:
+        # Before Linux 6.5: by pid, which is still that of the process that waits.
+        try:
+            return OwnedFd(os.pidfd_open(pid))
+        except OSError as error:
+            raise Refusal(Code.UPGRADE_FAILED, f"process {pid} can't be watched: {error.strerror}") from None
+
+
+async def see_off(pidfd: int, patience_s: float) -> bool:
+    """Return when the process is gone. It is killed when it isn't within `patience_s` seconds.
+
+    Args:
+        pidfd: borrowed.
+
+    Returns:
+        Whether it had to be killed.
+    """
+    with trio.move_on_after(patience_s):
+        await trio.lowlevel.wait_readable(pidfd)
+        return False
+    with suppress(ProcessLookupError, PermissionError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    with trio.move_on_after(KILLED_S):
+        await trio.lowlevel.wait_readable(pidfd)
+    return True
+
+
+def reap(pidfd: int) -> str:
+    """Reap the process if it is a child that has ended. Returns how it ended, for a person; empty when there is nothing to say."""
+    with suppress(ChildProcessError):
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        if ended is not None:
+            how = "status" if ended.si_code == os.CLD_EXITED else "signal"
+            return f" (it ended with {how} {ended.si_status})"
+    return ""
