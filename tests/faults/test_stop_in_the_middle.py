@@ -10,7 +10,8 @@ import pytest
 
 import luod_client
 from faulty import Faulty, meanwhile
-from harness import Daemon, until
+from harness import Daemon, readable, until
+from luod_protocol.fds import OwnedFd
 from luod_protocol.messages import Upgraded
 from things import let_go, preserve_pipe
 
@@ -38,7 +39,10 @@ def test_after_the_freeze_the_successor_serves(daemon: Daemon, tmp_path: Path) -
         old = daemon.pid
         with meanwhile(lambda: control.upgrade(program=held.program)) as upgrading:
             held.wait_for("before-send:serving")
-            os.kill(old, signal.SIGTERM)
+            with OwnedFd(os.pidfd_open(old)) as pidfd:
+                os.kill(old, signal.SIGTERM)
+                assert not readable(pidfd.fileno(), 0.5), "it has left before it was decided who serves"
+            assert os.path.exists(f"{where}/serialize")
             held.go_on()
             answer = upgrading.result()
         assert isinstance(answer, Upgraded)

@@ -263,8 +263,9 @@ class OldSide:
             await self._channel.send_fast(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
 
     async def stop(self) -> None:
-        """This daemon is to end: give up, unless the successor has everything already; returns when it is decided."""
-        self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
+        """This daemon is to end: give up, unless it is frozen, when the successor is a moment from serving; returns when it is decided."""
+        if self.state not in (OldState.FROZEN, OldState.DRAINING):
+            self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
         await self._over.wait()
 
     # -------------------------------------------------------------------------------------------------------- the log
