@@ -193,7 +193,7 @@ class Server:
         if self._upgrading is not None and changes:
             await self._upgrading.tell(changes)
         if closing:
-            await trio.to_thread.run_sync(close_all, list(closing), limiter=self._closers, abandon_on_cancel=True)
+            await self._close(list(closing))
             if self._alone is not None:
                 await self._alone.wait()
 

@@ -8,6 +8,9 @@ the server ready to be thawed.
 
 Unhappy paths: those of `new_table`. `Left` means that this process must end without having served.
 
+When something that came can't be used the handover is declined, for the old daemon has it all. If that is dead by then, what came is nowhere
+else: that part is logged and dropped, and the rest is kept.
+
 Invariants: nothing is read from a client, and nothing is accepted, before `run` returns. When the old daemon is dead, whatever was sent is
 read to the end first.
 """
@@ -15,7 +18,9 @@ read to the end first.
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import select
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -54,8 +59,14 @@ from luod_protocol.errors import FaultCode, LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.version import RELEASE, WIRE
 
+FAILURES = (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, ProtocolFault, OSError)
+"""What declines a handover: something that came isn't what it should be, or can't be taken."""
+
 DEATH_S = 5.0
 """How long after the end of the socket the old daemon's death is waited for, in seconds: a killed process closes its files first."""
+
+
+log = logging.getLogger("luod")
 
 
 class Left(LuodError):
@@ -129,7 +140,7 @@ class NewSide:
             )
             while self.state not in (NewState.SERVING, NewState.LEFT):
                 await self._next()
-        except (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, ProtocolFault, OSError) as error:
+        except FAILURES as error:
             self._channel.close(f"{error}")
             raise Left(f"declined the handover: {error}") from error
         finally:
@@ -146,6 +157,10 @@ class NewSide:
         message, fds = received
         try:
             await self._take(message, fds)
+        except FAILURES as error:
+            if not self._orphaned():
+                raise
+            log.error("the old daemon is dead, and a %s that it had sent can't be used: %s", message.type, error)
         finally:
             close_all(fds)
 
@@ -264,6 +279,10 @@ class NewSide:
             self._drop_half()
             self._ready_heir.forget_live()
 
+    def _orphaned(self) -> bool:
+        """Whether the old daemon is dead now: what it sent is then nowhere else, and one part that is wrong must not cost the rest."""
+        return self.predecessor is not None and _has_ended(self.predecessor.fileno())
+
     async def _old_is_dead(self) -> bool:
         if self.predecessor is None:
             return False
@@ -295,3 +314,9 @@ class NewSide:
 
     def _step(self, event: NewEvent) -> None:
         self.state = step(self.state, event)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,137 @@
+"""A successor that is sent something that it can't use: it declines while the old daemon lives, and keeps the rest when that is dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from luod import manifest
+from luod.handlers import kinds, recognize
+from luod.handlers.base import Probe
+from luod.manifest import Entry, Manifest
+from luod.session import Session
+from luod.store import Ended, Store
+from luod.succession.channel import Channel
+from luod.succession.messages import Box, Connection, Copied, Handover, Offer
+from luod.succession.new import Left, NewSide
+from luod.succession.new_table import NewState
+from luod.system import Process, System
+from luod_protocol import box
+from luod_protocol.fds import OwnedFd, close_all
+from things import memfd
+
+
+class Heir:
+    """A server that only keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.boot_id = System().boot_id
+        self.store = Store()
+
+    def adopt_session(self, session: Session) -> None:
+        self.store.add(session)
+
+    async def drop_session(self, ended: Ended) -> None:
+        raise AssertionError(f"nothing has ended: {ended}")
+
+    def note_retrieval(self, session_id: bytes, process: Process) -> None:
+        raise AssertionError(f"nobody has retrieved: {session_id!r} {process}")
+
+    def adopt_connection(self, live: Connection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
+        raise AssertionError(f"nobody is connected: {live} {fd} {unread}")
+
+    def forget_live(self) -> None:
+        """Nothing is live."""
+
+
+@contextmanager
+def boxed(name: str, *, another: bool = False) -> Generator[tuple[Handover, OwnedFd]]:
+    """A session's box, and the message that brings it; with the fd of `another` object than the manifest says."""
+    with memfd(name.encode()) as described, memfd(b"something else") as other:
+        probe = Probe(described.fileno())
+        handler = recognize(probe)
+        entry = Entry(
+            name="ram",
+            kind=handler.kind,
+            compatible=handler.compatible,
+            metadata=b"",
+            needs=(),
+            identity=probe.identity,
+            facts=handler.record(probe),
+        )
+        description = Manifest(
+            version=manifest.VERSIONS.high,
+            session_id=name.encode().ljust(16),
+            session=name,
+            owner=0,
+            metadata=b"",
+            boot_id=System().boot_id,
+            generation=1,
+            opened_at=0.0,
+            finalized_at=0.0,
+            entries=(entry,),
+        )
+        with box.seal(manifest.encode(description), [(other if another else described).fileno()]) as sealed:
+            yield Box(session_id=description.session_id, retrieved_by=()), sealed
+
+
+@contextmanager
+def old_daemon(*, dead: bool) -> Generator[int]:
+    """A process that stands for the old daemon: its pid. A dead one isn't reaped, so that there is a pidfd of it."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        if dead:
+            process.send_signal(signal.SIGKILL)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        yield process.pid
+
+
+async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir: Heir) -> NewSide:
+    """Be sent all this by the process `old`, whose end of the socket is closed after it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sender = Channel(theirs)
+    inherited: list[OwnedFd] = []
+
+    def build(offer: Offer, lock: OwnedFd, listeners: Mapping[str, OwnedFd]) -> Heir:
+        assert not listeners
+        inherited.append(lock)
+        return heir
+
+    offer = Offer(luod="", pid=old, handover=1, generation=1, started_at=0.0, directory="", endpoints=(), ended=())
+    with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+        sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
+    for message, fds in sent:
+        sender.send_now(message, fds)
+    sender.close()
+    side = NewSide(channel=Channel(ours), kinds=kinds(), build=build)
+    try:
+        await side.run()
+    finally:
+        close_all(inherited)
+        if side.predecessor is not None:
+            side.predecessor.close()
+        for session in heir.store:
+            close_all(session.take_fds())
+    return side
+
+
+@pytest.mark.parametrize("dead", [True, False])
+async def test_one_wrong_box_among_good_ones(dead: bool, caplog: pytest.LogCaptureFixture) -> None:
+    heir = Heir()
+    with boxed("first") as first, boxed("wrong", another=True) as wrong, boxed("last") as last:
+        sent = [(message, [sealed.fileno()]) for message, sealed in (first, wrong, last)]
+        with old_daemon(dead=dead) as old:
+            if dead:
+                side = await succeed(old, [*sent, (Copied(), ())], heir)
+                assert side.state is NewState.SERVING
+                assert [session.name for session in heir.store] == ["first", "last"]
+                assert "is another object" in caplog.text
+            else:
+                with pytest.raises(Left, match="is another object"):
+                    await succeed(old, sent, heir)
+                assert [session.name for session in heir.store] == ["first"]
