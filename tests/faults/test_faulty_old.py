@@ -77,6 +77,7 @@ def test_killed_when_all_was_sent(daemon: Daemon, tmp_path: Path, step: str) -> 
         with luod_client.control(runtime_dir=daemon.runtime_dir) as control:
             assert control.upgrade().generation == 3
             assert control.status().generation == 3
+        old.wait_for(step)  # the successor serves before the old daemon has read that it does
         assert old.hits() == [step]
         made.check_live()
         made.check_finalized("first")
