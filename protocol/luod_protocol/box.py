@@ -51,11 +51,6 @@ class BoxFault(LuodError):
     """This fd isn't a box, or its content isn't as a box's must be."""
 
 
-def descriptors(fds: int) -> int:
-    """How many fds are in flight in a box of `fds`, inner boxes and a manifest's memfd included (an upper bound)."""
-    return fds + 1 + (fds // MAX_FDS_PER_PACKET + 1 if fds >= MAX_FDS_PER_PACKET else 0)
-
-
 def _put(head: bytes, body: bytes, fds: Sequence[int]) -> OwnedFd:
     keep, give = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with keep, give:

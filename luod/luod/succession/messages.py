@@ -41,7 +41,6 @@ class Offer:
     pid: int
     handover: int
     generation: int
-    started_at: float
     directory: str
     endpoints: tuple[str, ...]
     ended: tuple[Ended, ...]

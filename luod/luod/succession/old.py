@@ -79,7 +79,6 @@ class Host(Protocol):
     door: Gate
     system: System
     generation: int
-    started_at: float
     directory: str
 
     @property
@@ -180,7 +179,6 @@ class OldSide:
             pid=os.getpid(),
             handover=VERSIONS.high,
             generation=self._host.generation,
-            started_at=self._host.started_at,
             directory=self._host.directory,
             endpoints=endpoints,
             ended=tuple(self._host.store.all_ended),
