@@ -75,6 +75,9 @@ def status(seq: int) -> m.DaemonStatus:
         connections=1,
         open_fds=9,
         last_pause_us=0,
+        manager="",
+        stored_fds=0,
+        store_limit=0,
     )
 
 

@@ -1,6 +1,7 @@
 """The daemon's command line: `luod`, or `python -m luod`.
 
-Happy path: check the machine, read the configuration, take the runtime directory, serve; or succeed a running luod and serve.
+Happy path: check the machine, read the configuration, take the runtime directory, adopt what the service manager kept, serve; or succeed a
+running luod and serve. SIGHUP is an upgrade to a fresh luod, which reads the configuration again.
 
 Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
 """
@@ -23,12 +24,14 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
-from luod import listening
+from luod import activation, listening, notify
 from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
 from luod.custody import Capacity
 from luod.handlers import kinds
+from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
 from luod.server import Server
+from luod.succession.adoption import adopt
 from luod.succession.channel import Channel
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
@@ -175,21 +178,29 @@ def _run(config: Config, directory: str, options: Sequence[str], handover: socke
 
 async def _serve(config: Config, directory: str, options: Sequence[str], handover: socket.socket | None) -> None:
     # The signals first: a successor that has committed must not be ended without its goodbye.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             start = _Start(nursery=nursery, config=config, options=options, system=System())
-            server = start.fresh(directory) if handover is None else await start.succeed(handover)
+            server = await (start.fresh(directory) if handover is None else start.succeed(handover))
             # Nobody may listen any more, or the disk be full: no reason to end, least of all after a commit.
             with suppress(OSError):
                 print(f"luod {RELEASE} (pid {os.getpid()}, generation {server.generation}) serves {directory}", file=sys.stderr, flush=True)
             nursery.start_soon(_leave_when_replaced, server)
-            async for _ in signals:
-                break
-            await server.stop_upgrading()
-            if server.replaced.is_set():
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    break
+                try:
+                    server.upgrade("")
+                except Refusal as refusal:
+                    log.error("no upgrade on SIGHUP: %s", refusal)
+            await server.upgrades.stop()
+            if server.upgrades.replaced.is_set():
                 await trio.sleep_forever()
             _say_goodbye(server)
-            listening.unbind(directory)
+            await server.tell_manager("STOPPING=1")
+            if not server.managed:
+                # Else the paths may be the manager's, who listens on.
+                listening.unbind(directory)
             nursery.cancel_scope.cancel()
     _exit()
 
@@ -204,19 +215,30 @@ class _Start:
     options: Sequence[str]
     system: System
 
-    def fresh(self, directory: str) -> Server:
-        """Serve as the first of a line."""
+    async def fresh(self, directory: str) -> Server:
+        """Serve as the first of a line, or after one that did not hand over, with what the service manager kept of it."""
+        manager = notify.of_this_process(os.environ, self.system.pid, os.getppid())
+        passed = activation.take(os.environ, self.system.pid)
+        for name in passed.unknown:
+            log.warning("the service manager passed a fd named %r, of which luod knows nothing", name)
         lock = listening.lock(directory)
         try:
-            listeners = listening.bind(directory)
+            listeners = {**passed.listeners, **listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])}
             listening.sign(lock.fileno())
         except BaseException:
             lock.close()
             raise
-        server = self._server(directory, lock, listeners, generation=1)
+        adopted = adopt(passed.stored, self.system.boot_id)
+        server = self._server(directory, lock, listeners, generation=adopted.generation + 1, manager=manager)
+        for session in adopted.sessions:
+            server.adopt_session(session)
+        for ended in adopted.ended:
+            server.remember(ended)
+        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving)
         server.start()
         gc.collect()
         gc.freeze()
+        await server.tell_manager("READY=1")
         return server
 
     async def succeed(self, handover: socket.socket) -> Server:
@@ -225,7 +247,8 @@ class _Start:
 
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
             listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
-            server = self._server(offer.directory, lock, listeners, generation=offer.generation + 1, frozen=True)
+            generation = offer.generation + 1
+            server = self._server(offer.directory, lock, listeners, generation=generation, manager=offer.manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
             servers.append(server)
@@ -238,7 +261,12 @@ class _Start:
         await side.run()
         (server,) = servers
         pause_us = self.system.monotonic_us() - side.since_us if side.since_us else 0
-        server.thaw(pause_us=pause_us, predecessor=side.predecessor, predecessor_pid=side.offer.pid if side.offer else 0)
+        server.thaw(
+            pause_us=pause_us,
+            predecessor=side.predecessor,
+            predecessor_pid=side.offer.pid if side.offer else 0,
+            stored_others=side.stored_others,
+        )
         server.start()
         # The clients that waited go first.
         await trio.sleep(COURTESY_S)
@@ -249,7 +277,14 @@ class _Start:
         return server
 
     def _server(
-        self, directory: str, lock: OwnedFd, listeners: Mapping[Endpoint, socket.socket], *, generation: int, frozen: bool = False
+        self,
+        directory: str,
+        lock: OwnedFd,
+        listeners: Mapping[Endpoint, socket.socket],
+        *,
+        generation: int,
+        manager: ManagerInfo | None = None,
+        frozen: bool = False,
     ) -> Server:
         return Server(
             nursery=self.nursery,
@@ -261,12 +296,13 @@ class _Start:
             listeners=listeners,
             generation=generation,
             capacity=_capacity(self.config),
+            manager=manager,
             frozen=frozen,
         )
 
 
 async def _leave_when_replaced(server: Server) -> None:
-    await server.replaced.wait()
+    await server.upgrades.replaced.wait()
     # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
     _exit()
 
@@ -280,7 +316,7 @@ def _exit() -> NoReturn:
 
 
 def _say_goodbye(server: Server) -> None:
-    held = [session for session in server.store if session.sealed is not None]
+    held = [session for session in server.store if session.sealed is not None and not session.stored]
     if held:
         names = ", ".join(repr(session.name) for session in held[:5])
         log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)

@@ -35,7 +35,7 @@ import attrs
 import trio
 
 from luod.changes import Change
-from luod.custody import Capacity, Client, Custody
+from luod.custody import Capacity, Client, Custody, Outcome, Pending
 from luod.gate import Gate
 from luod.orchestrator import Orchestrator
 from luod_protocol import messages as m
@@ -78,6 +78,8 @@ class Host(Protocol):
     capacity: Capacity
     generation: int
 
+    async def perform(self, pending: Pending) -> Outcome: ...
+
     async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None: ...
 
     def close_later(self, fds: Sequence[OwnedFd]) -> None: ...
@@ -86,9 +88,9 @@ class Host(Protocol):
 
     def refuse_peer(self, endpoint: Endpoint, uid: int) -> None: ...
 
-    def upgrade(self, connection: Connection, request: m.Upgrade) -> None: ...
+    def upgrade(self, program: str) -> None: ...
 
-    def takeover(self, connection: Connection, request: m.Takeover) -> OwnedFd: ...
+    def takeover(self, connection: Connection) -> OwnedFd: ...
 
     def left(self, connection: Connection) -> None: ...
 
@@ -214,15 +216,21 @@ class Connection:
                 case m.Monitor():
                     return m.Monitoring(seq=request.seq), ()
                 case m.Upgrade():
-                    self._host.upgrade(self, request)
+                    self._host.upgrade(request.program)
                     self.upgrade_seq = request.seq
                     self._answered = trio.Event()
                     return None, ()
                 case m.Takeover():
-                    return m.TakeoverOffered(seq=request.seq), [self._host.takeover(self, request)]
+                    return m.TakeoverOffered(seq=request.seq), [self._host.takeover(self)]
                 case _:
                     outcome = self._host.orchestrator.handle(self.client, request, packet.fds)
-                    await self._host.settle(outcome.changes, outcome.closing)
+                    if isinstance(outcome, Pending):
+                        outcome = await self._host.perform(outcome)
+                    try:
+                        await self._host.settle(outcome.changes, outcome.closing)
+                    except BaseException:
+                        close_all(outcome.fds)
+                        raise
                     return outcome.reply, outcome.fds
         except Refusal as refusal:
             return refused(request.seq, refusal), ()

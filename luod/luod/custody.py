@@ -14,7 +14,7 @@ from typing import Final
 
 import attrs
 
-from luod import checks
+from luod import checks, survival
 from luod.changes import Change
 from luod.lifecycle import SessionEvent, SessionState
 from luod.session import Session
@@ -60,6 +60,35 @@ class Outcome:
     closing: Sequence[OwnedFd] = ()
 
 
+@attrs.frozen(kw_only=True)
+class Storing:
+    """A session that is to be in the service manager's store: its box is borrowed."""
+
+    session_id: bytes
+    box: int
+
+
+@attrs.frozen(kw_only=True)
+class Forgetting:
+    """A session that is to be out of the service manager's store: it will end as `ended` says. Its box is borrowed."""
+
+    ended: Ended
+    box: int
+
+
+@attrs.frozen(kw_only=True)
+class Pending:
+    """A verb whose checks are passed and that waits for the service manager. Nobody else can touch its session meanwhile.
+
+    `act(stored)` does it, told whether the manager holds the box, and may still raise a Refusal. When that happens, or the wait fails,
+    `undo()` leaves everything as it was.
+    """
+
+    waits_for: Storing | Forgetting
+    act: Callable[[bool], Outcome]
+    undo: Callable[[], None]
+
+
 Publish = Callable[[str, Session, str], None]
 
 
@@ -71,9 +100,13 @@ class Custody:
         capacity: what to take.
         generation: of this daemon.
         publish: called with an event's name, its session and a detail, for those who monitor.
+
+    Attributes:
+        outlook: what finalized sessions survive.
     """
 
     def __init__(self, *, system: System, capacity: Capacity, generation: int, publish: Publish) -> None:
+        self.outlook = survival.ALONE
         self.store = Store()
         self.preserved_fds = 0
         self.staged_fds = 0
@@ -108,6 +141,10 @@ class Custody:
         self.store.remove(session)
         self.preserved_fds -= session.size
         return session.take_fds()
+
+    def survived(self, session: Session) -> tuple[str, ...]:
+        """What a finalized session survives."""
+        return self.outlook.survived(stored=session.stored)
 
     def count(self, state: SessionState) -> int:
         """How many sessions are in `state`."""
@@ -182,6 +219,8 @@ class Custody:
         """Refuse unless `client` may claim or discard the session now."""
         if session.state is SessionState.OPEN:
             raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is still open: it can be had once its client has finalized it")
+        if session.ending:
+            raise Refusal(Code.SESSION_CLAIMED, f"session {session.name!r} is being discarded")
         if session.state is SessionState.CLAIMED:
             pid = session.claimer.pid if session.claimer else 0
             raise Refusal(

@@ -10,11 +10,12 @@ Unhappy paths:
 
 from __future__ import annotations
 
-from luod import checks, survival
+from luod import checks
 from luod.changes import Change, Departure, Retrieval
-from luod.custody import ROOT, Client, Custody, Outcome, may_see, no_entry, own
+from luod.custody import ROOT, Client, Custody, Forgetting, Outcome, Pending, may_see, no_entry, own
 from luod.lifecycle import SessionEvent
 from luod.session import Sealed, Session, entry_info
+from luod.store import Ended
 from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
@@ -38,7 +39,7 @@ class Deserializing:
         return Outcome(
             reply=m.Claimed(
                 seq=request.seq,
-                info=session.info(self._custody.system, survival.survived()),
+                info=session.info(self._custody.system, self._custody.survived(session)),
                 metadata=session.metadata,
                 entries=tuple(entry_info(entry) for entry in session.contents),
             )
@@ -74,16 +75,21 @@ class Deserializing:
         self._custody.let_go(client, own(client), SessionEvent.RELEASE)
         return Outcome(reply=m.Released(seq=request.seq))
 
-    def finish(self, client: Client, request: m.Finish, _: list[OwnedFd]) -> Outcome:
+    def finish(self, client: Client, request: m.Finish, _: list[OwnedFd]) -> Outcome | Pending:
         checks.session_id(request.session_id)
         session = client.session
         if session is None:
             return self._finished_again(client, request)
         if session.session_id != request.session_id:
             raise Refusal(Code.BAD_REQUEST, f"this connection has claimed session {session.name!r}, which has another id")
-        closing = self._custody.end(client, session, SessionEvent.FINISH, "finished")
-        departure = Departure(session_id=session.session_id, owner=session.owner, finished=True)
-        return Outcome(reply=m.Finished(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+
+        def act(_: bool) -> Outcome:
+            closing = self._custody.end(client, session, SessionEvent.FINISH, "finished")
+            departure = Departure(session_id=session.session_id, owner=session.owner, finished=True)
+            return Outcome(reply=m.Finished(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+
+        ended = Ended(session_id=session.session_id, owner=session.owner, finished=True)
+        return Pending(waits_for=Forgetting(ended=ended, box=_sealed(session).box.fileno()), act=act, undo=_as_it_was)
 
     def _finished_again(self, client: Client, request: m.Finish) -> Outcome:
         ended = self._custody.store.ended(request.session_id)
@@ -95,29 +101,42 @@ class Deserializing:
         self._custody.refuse_ended(client, request.session_id)
         raise Refusal(Code.NO_SUCH_SESSION, "no session with this id is held, nor is one remembered as finished")
 
-    def discard(self, client: Client, request: m.Discard, _: list[OwnedFd]) -> Outcome:
+    def discard(self, client: Client, request: m.Discard, _: list[OwnedFd]) -> Outcome | Pending:
         session = self._custody.find(client, request)
         self._custody.refuse_unless_free(session, client, force=request.force)
-        closing = self._custody.end(client, session, SessionEvent.DISCARD, "discarded")
-        departure = Departure(session_id=session.session_id, owner=session.owner, finished=False)
-        return Outcome(reply=m.Discarded(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+        session.ending = True
+
+        def act(_: bool) -> Outcome:
+            closing = self._custody.end(client, session, SessionEvent.DISCARD, "discarded")
+            departure = Departure(session_id=session.session_id, owner=session.owner, finished=False)
+            return Outcome(reply=m.Discarded(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
+
+        def undo() -> None:
+            session.ending = False
+
+        ended = Ended(session_id=session.session_id, owner=session.owner, finished=False)
+        return Pending(waits_for=Forgetting(ended=ended, box=_sealed(session).box.fileno()), act=act, undo=undo)
 
     def list_sessions(self, client: Client, request: m.List, _: list[OwnedFd]) -> Outcome:
         owner = None if request.owner is None else self._custody.owner(client, request.owner)
         seen = [each for each in self._custody.store if may_see(client, each) and owner in (None, each.owner)]
-        survives = survival.survived()
-        return Outcome(reply=m.Listed(seq=request.seq, sessions=tuple(each.info(self._custody.system, survives) for each in seen)))
+        sessions = tuple(each.info(self._custody.system, self._custody.survived(each)) for each in seen)
+        return Outcome(reply=m.Listed(seq=request.seq, sessions=sessions))
 
     def show(self, client: Client, request: m.Show, _: list[OwnedFd]) -> Outcome:
         session = self._custody.find(client, request)
         return Outcome(
             reply=m.Shown(
                 seq=request.seq,
-                info=session.info(self._custody.system, survival.survived()),
+                info=session.info(self._custody.system, self._custody.survived(session)),
                 metadata=session.metadata,
                 entries=tuple(entry_info(entry) for entry in session.contents),
             )
         )
+
+
+def _as_it_was() -> None:
+    """A claimed session needs nothing: its claimer has it."""
 
 
 def _sealed(session: Session) -> Sealed:

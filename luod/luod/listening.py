@@ -16,6 +16,7 @@ import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from typing import Final
 
@@ -75,15 +76,16 @@ def sign(lock_fd: int) -> None:
     os.pwrite(lock_fd, f"{os.getpid()}\n".encode("ascii"), 0)
 
 
-def bind(directory: str) -> dict[Endpoint, socket.socket]:
-    """The three sockets, bound and listening. The lock must be held: what lies there is a dead daemon's, and is replaced.
+def bind(directory: str, endpoints: Iterable[Endpoint] = Endpoint) -> dict[Endpoint, socket.socket]:
+    """The sockets of `endpoints`, bound and listening. The lock must be held: what lies there is a dead daemon's, and is replaced.
 
     Raises:
         CannotListen: one of them can't be made.
     """
     with ExitStack() as undo:
         sockets: dict[Endpoint, socket.socket] = {}
-        for endpoint, mode in MODES.items():
+        for endpoint in endpoints:
+            mode = MODES[endpoint]
             path = f"{directory}/{endpoint}"
             sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             try:

@@ -2,7 +2,8 @@
 
 Theory. The orchestrator is called with one request at a time and answers at once: no verb waits, so nothing can come between its checks and
 its act. What has to be waited for it returns with the reply, as an `Outcome`: changes that a successor must know of first, and descriptors
-to close first. The server does that, then sends the reply.
+to close first. The server does that, then sends the reply. Where a service manager holds copies it comes before the act: such a verb
+returns a `Pending`, whose session nobody else can touch until the server has had the manager do its part and calls for the act.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from luod import survival
-from luod.custody import Client, Custody, Outcome
+from luod.custody import Client, Custody, Outcome, Pending
 from luod.deserializing import Deserializing
 from luod.handlers import kinds
 from luod.serializing import Serializing
@@ -23,10 +23,11 @@ class Orchestrator:
     """The verbs of one daemon, over its custody."""
 
     def __init__(self, custody: Custody) -> None:
+        self._custody = custody
         serializing = Serializing(custody)
         deserializing = Deserializing(custody)
-        self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome]] = {
-            m.Capabilities: _capabilities,
+        self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome | Pending]] = {
+            m.Capabilities: self._capabilities,
             m.Open: serializing.open,
             m.Preserve: serializing.preserve,
             m.Unpreserve: serializing.unpreserve,
@@ -41,7 +42,7 @@ class Orchestrator:
             m.Discard: deserializing.discard,
         }
 
-    def handle(self, client: Client, request: m.Request, fds: list[OwnedFd]) -> Outcome:
+    def handle(self, client: Client, request: m.Request, fds: list[OwnedFd]) -> Outcome | Pending:
         """Do what `request` asks. `fds` came with it: those that are kept are taken out of the list.
 
         Raises:
@@ -49,7 +50,6 @@ class Orchestrator:
         """
         return self._verbs[type(request)](client, request, fds)
 
-
-def _capabilities(_: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
-    survives = {each.value: reason for each, reason in survival.reasons().items()}
-    return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds(), survives=survives))
+    def _capabilities(self, _: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
+        survives = {each.value: reason for each, reason in self._custody.outlook.reasons.items()}
+        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds(), survives=survives))

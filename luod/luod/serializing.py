@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from luod import checks, manifest, survival
+from luod import checks, manifest
 from luod.changes import Sealing
-from luod.custody import Client, Custody, Outcome, may_see, no_entry, own
+from luod.custody import Client, Custody, Outcome, Pending, Storing, may_see, no_entry, own
 from luod.handlers import recognize
 from luod.handlers.base import Probe
 from luod.lifecycle import SessionEvent, SessionState
@@ -147,7 +147,7 @@ class Serializing:
         self._custody.staged_fds -= len(closing)
         return Outcome(reply=m.Unpreserved(seq=request.seq), closing=closing)
 
-    def finalize(self, client: Client, request: m.Finalize, _: list[OwnedFd]) -> Outcome:
+    def finalize(self, client: Client, request: m.Finalize, _: list[OwnedFd]) -> Outcome | Pending:
         checks.session_id(request.session_id)
         session = client.session
         if session is None:
@@ -159,7 +159,7 @@ class Serializing:
                 Code.BAD_REQUEST,
                 f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve refused?",
             )
-        survival.demand(request.require)
+        self._custody.outlook.demand(request.require)
         for name in request.seal:
             if name not in session.staged:
                 raise no_entry(session, name)
@@ -185,18 +185,31 @@ class Serializing:
             entries=tuple(session.contents),
         )
         try:
-            session.sealed = Sealed.of(description, _boxed(description, session))
+            sealing = Sealed.of(description, _boxed(description, session))
         except Refusal as refusal:
             raise Refusal(refusal.code, refusal.message + _already(sealed)) from None
-        session.step(SessionEvent.FINALIZE)
-        staged, session.staged = session.staged, {}
-        self._custody.staged_fds -= len(staged)
-        self._custody.preserved_fds += len(staged)
-        # Never the last reference, the box has one: these closes can't block.
-        close_all(each.fd for each in staged.values())
-        client.session = None
-        self._custody.publish("finalized", session, f"{len(staged)} entries")
-        return Outcome(reply=_finalized(request, session), changes=[Sealing(session=session)])
+        # Reserved before it is waited for: others finalize meanwhile.
+        self._custody.preserved_fds += session.size
+
+        def undo() -> None:
+            self._custody.preserved_fds -= session.size
+            # Never the last reference: the entries are still staged.
+            sealing.box.close()
+
+        def act(stored: bool) -> Outcome:
+            self._custody.outlook.demand(request.require)
+            session.sealed = sealing
+            session.stored = stored
+            session.step(SessionEvent.FINALIZE)
+            staged, session.staged = session.staged, {}
+            self._custody.staged_fds -= len(staged)
+            # Never the last reference, the box has one: these closes can't block.
+            close_all(each.fd for each in staged.values())
+            client.session = None
+            self._custody.publish("finalized", session, f"{len(staged)} entries")
+            return Outcome(reply=self._finalized(request, session), changes=[Sealing(session=session)])
+
+        return Pending(waits_for=Storing(session_id=session.session_id, box=sealing.box.fileno()), act=act, undo=undo)
 
     def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> list[str]:
         """Returns the names of what was sealed."""
@@ -229,7 +242,11 @@ class Serializing:
             raise Refusal(Code.NO_SUCH_SESSION, "no session with this id was finalized: open it and preserve its entries again")
         if session.state is SessionState.OPEN:
             raise Refusal(Code.OUT_OF_ORDER, "the session with this id is open on another connection, which alone can finalize it")
-        return Outcome(reply=_finalized(request, session))
+        return Outcome(reply=self._finalized(request, session))
+
+    def _finalized(self, request: m.Finalize, session: Session) -> m.Finalized:
+        survives = self._custody.survived(session)
+        return m.Finalized(seq=request.seq, session_id=session.session_id, survives=survives, entry_survives={})
 
     def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
         session = own(client)
@@ -238,10 +255,6 @@ class Serializing:
 
 def _already(sealed: Sequence[str]) -> str:
     return f"; these are sealed already, which can't be undone: {', '.join(sealed)}" if sealed else ""
-
-
-def _finalized(request: m.Finalize, session: Session) -> m.Finalized:
-    return m.Finalized(seq=request.seq, session_id=session.session_id, survives=survival.survived(), entry_survives={})
 
 
 def _boxed(description: manifest.Manifest, session: Session) -> OwnedFd:

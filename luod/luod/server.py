@@ -8,9 +8,8 @@ Happy path: `start()` begins to accept; `thaw()` lets everything move; `stop` or
 Unhappy paths:
 1. Descriptors run out: accepting pauses for `ACCEPT_PAUSE_S` and goes on; connections are limited below that.
 2. Closing a client's fd blocks: it happens in a thread, and only whoever asked for it waits.
-3. An upgrade fails: whoever asked is told why; everything else goes on.
 
-Invariants: one upgrade at a time. After a successor has committed, this process touches no client any more and exits at once.
+Invariants: what changes the set of finalized sessions is known to the service manager, then to a successor, then to the client who asked.
 """
 
 from __future__ import annotations
@@ -19,32 +18,34 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
 import trio
 
-from luod.changes import Change
+from luod import survival
+from luod.changes import Change, Retrieval
 from luod.config import Config, all_uids_are_mapped, overflow_uid
 from luod.connection import Connection, Unread
-from luod.custody import ROOT, Capacity, Client, Custody
+from luod.custody import ROOT, Capacity, Client, Custody, Forgetting, Outcome, Pending, Storing
 from luod.gate import Gate
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.session import Session
 from luod.store import Ended, Store
-from luod.succession.channel import Channel
+from luod.succession import ledger
+from luod.succession.keeping import Keeper
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
-from luod.succession.old import HandoverFailed, OldSide
-from luod.succession.other import peer_pidfd, see_off
-from luod.succession.spawn import spawn
+from luod.succession.other import see_off
 from luod.system import Process, System
+from luod.upgrades import Upgrades
 from luod_protocol import messages as m
 from luod_protocol import wire
-from luod_protocol.connection import ServerConnection, State, fault, refused
+from luod_protocol.connection import ServerConnection, State, fault
 from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.messages import Endpoint
@@ -55,6 +56,12 @@ ACCEPT_PAUSE_S: Final = 0.1
 
 PREDECESSOR_S: Final = 10.0
 """How long a predecessor may take to end after the commit before it is killed, in seconds."""
+
+MANAGED_PREDECESSOR_S: Final = 120.0
+"""The same where it waits for the service manager, which would end the whole service with it."""
+
+REPORT_S: Final = 10.0
+"""How often the service manager is told how luod is, in seconds; more often where its watchdog wants that."""
 
 CONTROL_RESERVE: Final = 16
 """Connections to control beyond the limit."""
@@ -78,6 +85,7 @@ class Server:
         listeners: the listening sockets; owned.
         generation: of this daemon.
         capacity: what to take.
+        manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
     """
 
@@ -93,6 +101,7 @@ class Server:
         listeners: Mapping[Endpoint, socket.socket],
         generation: int,
         capacity: Capacity,
+        manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> None:
         self.gate = Gate(is_open=not frozen)
@@ -105,17 +114,18 @@ class Server:
         self.capacity = capacity
         self.started_at = system.now()
         self.last_pause_us = 0
-        self.replaced = trio.Event()
-        """Set when a successor serves: this process must end now."""
+        self.manager: Final = manager
         self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
         self.orchestrator = Orchestrator(self.custody)
+        self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
+        if manager is not None:
+            # Until it is known: what the predecessor has found out.
+            self.custody.outlook = survival.kept(restarts=manager.name == SYSTEMD)
+        self.upgrades = Upgrades(host=self, options=options, bounds=config.handover)
         self._nursery = nursery
-        self._config = config
-        self._options = options
         self._lock = lock
         self._listeners = dict(listeners)
         self._connections: dict[Connection, None] = {}
-        self._upgrading: OldSide | None = None
         self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
         self._abandoned: list[OwnedFd] = []
@@ -137,6 +147,8 @@ class Server:
             self._nursery.start_soon(connection.run)
         for endpoint, listener in self._listeners.items():
             self._nursery.start_soon(self._accept, endpoint, listener)
+        if self.keeper is not None:
+            self._nursery.start_soon(self._report, self.keeper)
 
     async def _accept(self, endpoint: Endpoint, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -186,12 +198,37 @@ class Server:
         """A connection has ended."""
         self._connections.pop(connection, None)
 
+    async def perform(self, pending: Pending) -> Outcome:
+        """Have the service manager do its part of a verb, then act.
+
+        Raises:
+            Refusal: the manager can't, or won't; nothing has changed.
+        """
+        stored = False
+        try:
+            if self.keeper is not None:
+                match pending.waits_for:
+                    case Storing(session_id=session_id, box=box):
+                        stored = await self.keeper.keep(session_id, box)
+                    case Forgetting(ended=ended, box=box):
+                        await self.keeper.forget(ended, box)
+            return pending.act(stored)
+        except BaseException:
+            pending.undo()
+            raise
+
     async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
 
-        Cancelled: the fds are closed all the same."""
-        if self._upgrading is not None and changes:
-            await self._upgrading.tell(changes)
+        Cancelled: the fds are closed all the same.
+
+        Raises:
+            Refusal: a retrieval can't be written down.
+        """
+        for change in changes:
+            if isinstance(change, Retrieval) and self.keeper is not None:
+                self.keeper.note_retrieval(change.session_id, change.process)
+        await self.upgrades.tell(changes)
         if closing:
             await self._close(list(closing))
             if self._alone is not None:
@@ -235,12 +272,60 @@ class Server:
             connections=len(self._connections),
             open_fds=open_fds,
             last_pause_us=self.last_pause_us,
+            manager=self.manager.name if self.manager is not None else "",
+            stored_fds=self.keeper.count if self.keeper is not None else 0,
+            store_limit=self.manager.store_limit if self.manager is not None else 0,
         )
 
-    def _publish(self, event: str, session: Session, detail: str) -> None:
-        self._tell_monitors(event, session.name, session.session_id, session.owner, detail)
+    # -------------------------------------------------------------------------------------------- the service manager
 
-    def _tell_monitors(self, event: str, name: str, session_id: bytes, owner: int, detail: str) -> None:
+    @property
+    def managed(self) -> bool:
+        """Whether a service manager watches this daemon."""
+        return self.manager is not None
+
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+        """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
+        if self.keeper is not None:
+            await self.keeper.begin(others=others, leaving=leaving)
+            self.custody.outlook = self.keeper.outlook()
+
+    async def tell_manager(self, *fields: str) -> None:
+        """Tell the service manager, if there is one, and go on if it can't be told."""
+        if self.keeper is not None:
+            try:
+                await self.keeper.manager.tell(*fields)
+            except ManagerFault as error:
+                log.warning("%s", error)
+
+    async def _report(self, keeper: Keeper) -> None:
+        # A successor is listened to when its predecessor is gone.
+        await keeper.ready.wait()
+        watchdog_s = keeper.manager.info.watchdog_us / 1e6
+        while True:
+            preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
+            state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"
+            await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
+            await trio.sleep(min(REPORT_S, watchdog_s / 2) if watchdog_s else REPORT_S)
+
+    async def announce(self, pid: int) -> None:
+        """Have the service manager know the process `pid` as the service's main process. Does nothing without a manager.
+
+        Raises:
+            ManagerFault: it can't be told, or doesn't confirm.
+        """
+        if self.keeper is not None:
+            await self.keeper.manager.tell(f"MAINPID={pid}")
+            await self.keeper.manager.barrier()
+
+    def tell_monitors(self, event: str, detail: str) -> None:
+        """Publish what happens to the daemon itself."""
+        self._publish_event(event, "", b"", self.system.uid, detail)
+
+    def _publish(self, event: str, session: Session, detail: str) -> None:
+        self._publish_event(event, session.name, session.session_id, session.owner, detail)
+
+    def _publish_event(self, event: str, name: str, session_id: bytes, owner: int, detail: str) -> None:
         watching = [each for each in self._connections if each.protocol.state is State.MONITORING]
         for connection in watching:
             connection.notify(
@@ -249,73 +334,33 @@ class Server:
 
     # ---------------------------------------------------------------------------------------------------- handing over
 
-    def upgrade(self, connection: Connection, request: m.Upgrade) -> None:
-        """Start a successor and hand over to it. `connection` is answered by whoever serves in the end.
+    def upgrade(self, program: str) -> None:
+        """Start a successor and hand over to it.
 
         Raises:
-            Refusal: one is running, or the successor can't be started.
+            Refusal: as `Upgrades.start`.
         """
-        self._refuse_second_upgrade()
-        if request.program and (not os.path.isabs(request.program) or "\0" in request.program):
-            raise Refusal(Code.BAD_REQUEST, f"the successor's program must be an absolute path, not {request.program!r:.100}")
-        ours, theirs = _handover_pair()
-        with theirs:
-            try:
-                successor = spawn(request.program, self._options, theirs.fileno())
-            except BaseException:
-                ours.close()
-                raise
-        self._hand_over(ours, successor)
+        self.upgrades.start(program)
 
-    def takeover(self, connection: Connection, request: m.Takeover) -> OwnedFd:
+    def takeover(self, connection: Connection) -> OwnedFd:
         """Hand over to the process that asks. Returns its end of the handover socket, owned by the caller.
 
         Raises:
-            Refusal: one is running, or it isn't of this daemon's uid.
+            Refusal: as `Upgrades.admit`.
         """
-        self._refuse_second_upgrade()
-        if connection.client.uid != self.system.uid:
-            raise Refusal(
-                Code.NOT_PERMITTED,
-                f"a successor runs as uid {self.system.uid} like this luod, not as uid {connection.client.uid}: start it so",
-            )
-        successor = peer_pidfd(connection.raw, connection.client.process.pid)
-        ours, theirs = _handover_pair()
-        self._hand_over(ours, successor)
-        return OwnedFd(theirs.detach())
+        return self.upgrades.admit(connection)
 
-    def _refuse_second_upgrade(self) -> None:
-        if self._upgrading is not None:
-            raise Refusal(Code.UPGRADE_RUNNING, "an upgrade is under way: wait for its end")
-
-    def _hand_over(self, sock: socket.socket, successor: OwnedFd) -> None:
-        self._upgrading = OldSide(host=self, channel=Channel(sock), successor=successor, bounds=self._config.handover)
-        self._nursery.start_soon(self._run_upgrade, self._upgrading)
-
-    async def _run_upgrade(self, upgrade: OldSide) -> None:
-        self._tell_monitors("upgrading", "", b"", self.system.uid, f"generation {self.generation}")
-        try:
-            await upgrade.run()
-        except HandoverFailed as failure:
-            reason = f"{failure}{upgrade.fate}"
-            log.error("upgrade failed, generation %d goes on serving: %s", self.generation, reason)
-            self._tell_monitors("upgrade-failed", "", b"", self.system.uid, reason)
-            for connection in [each for each in self._connections if each.upgrade_seq >= 0]:
-                message = f"the upgrade failed, generation {self.generation} goes on serving: {reason}"
-                connection.answer_upgrade(refused(connection.upgrade_seq, Refusal(Code.UPGRADE_FAILED, message)))
-        else:
-            self.replaced.set()
-        finally:
-            self._upgrading = None
-
-    async def stop_upgrading(self) -> None:
-        """Before this daemon ends: give a running upgrade up, or wait until it is through."""
-        if self._upgrading is not None:
-            await self._upgrading.stop()
+    def waiting_for_upgrade(self) -> Iterable[Connection]:
+        """The connections that asked for an upgrade."""
+        return (each for each in self._connections if each.upgrade_seq >= 0)
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
+
+    def stored_others(self) -> tuple[str, ...]:
+        """What is in the service manager's store and is no session's box."""
+        return self.keeper.others if self.keeper is not None else ()
 
     def wire_versions(self) -> set[int]:
         """The versions that connected clients speak."""
@@ -361,15 +406,15 @@ class Server:
             self.close_later(self.custody.lost(connection.client))
         self._connections.clear()
 
-    def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int) -> None:
+    def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
         if predecessor is not None:
             self._alone = trio.Event()
-            self._nursery.start_soon(self._outlive, predecessor, self._alone)
+            self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
         self.gate.open()
         self.door.open()
-        for connection in [each for each in self._connections if each.upgrade_seq >= 0]:
+        for connection in list(self.waiting_for_upgrade()):
             connection.answer_upgrade(
                 m.Upgraded(
                     seq=connection.upgrade_seq,
@@ -379,21 +424,16 @@ class Server:
                     pause_us=pause_us,
                 )
             )
-        self._tell_monitors("upgraded", "", b"", self.system.uid, f"generation {self.generation}, pause {pause_us} us")
+        self.tell_monitors("upgraded", f"generation {self.generation}, pause {pause_us} us")
 
-    async def _outlive(self, predecessor: OwnedFd, alone: trio.Event) -> None:
+    async def _outlive(self, predecessor: OwnedFd, alone: trio.Event, stored_others: Collection[str]) -> None:
+        patience_s = MANAGED_PREDECESSOR_S if self.managed else PREDECESSOR_S
         with predecessor:
-            if await see_off(predecessor.fileno(), PREDECESSOR_S):
-                log.warning("the predecessor did not end within %g s of the handover and was killed", PREDECESSOR_S)
+            if await see_off(predecessor.fileno(), patience_s):
+                log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-
-
-def _handover_pair() -> tuple[socket.socket, socket.socket]:
-    try:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError as error:
-        raise Refusal(Code.SYSTEM_ERROR, f"luod can't make a handover socket: {error.strerror}; try again") from None
+        await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
 
 
 async def _pause() -> None:

@@ -57,13 +57,17 @@ class Session:
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
+    stored: bool = False
+    """Whether the service manager holds the box too."""
+    ending: bool = False
+    """Whether it is being discarded: the service manager is letting go of it."""
 
     def step(self, event: SessionEvent) -> None:
         """Move on; IllegalEvent changes nothing."""
         self.state = step(self.state, event)
 
     @classmethod
-    def adopted(cls, manifest: Manifest, box: OwnedFd, retrieved_by: Iterable[Process]) -> Session:
+    def adopted(cls, manifest: Manifest, box: OwnedFd, retrieved_by: Iterable[Process], *, stored: bool) -> Session:
         """A preserved session, from what a succession brought."""
         return cls(
             session_id=manifest.session_id,
@@ -74,6 +78,7 @@ class Session:
             state=SessionState.PRESERVED,
             sealed=Sealed.of(manifest, box),
             retrieved_by=set(retrieved_by),
+            stored=stored,
         )
 
     @property

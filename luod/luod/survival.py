@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
+from typing import Final
+
+import attrs
 
 from luod_protocol.errors import Code, Refusal
 
@@ -18,32 +21,70 @@ class Survives(enum.StrEnum):
     KEXEC = "kexec"
 
 
-_NO_STORE = "this luod keeps its boxes in its own process only; nothing outside of it holds a copy"
-_NO_KERNEL = "this luod doesn't hand its set to the kernel (/dev/liveupdate)"
+_ALONE: Final = (
+    "nothing outside of this luod holds a copy of its boxes: run it as a systemd service (systemd/luod.service) or as `luod --supervised`"
+)
+_NO_KERNEL: Final = "this luod doesn't hand its set to the kernel (/dev/liveupdate)"
+_PARENT_TOO: Final = "a restart ends the supervising parent as well, which holds the copies; use an upgrade instead"
+_UNSEEN: Final = "luod can't see whether the store of its unit is kept over a soft-reboot"
 
 
-def reasons() -> Mapping[Survives, str]:
+@attrs.frozen(kw_only=True)
+class Outlook:
     """For each, the empty string for yes, else why not."""
-    return {
+
+    reasons: Mapping[Survives, str]
+
+    def survived(self, *, stored: bool) -> tuple[str, ...]:
+        """What a finalized session survives; `stored` tells whether a service manager holds its box."""
+        only_here = (Survives.DAEMON_UPGRADE,)
+        return tuple(each.value for each, reason in self.reasons.items() if not reason and (stored or each in only_here))
+
+    def demand(self, required: Iterable[str]) -> None:
+        """Refuse a demand that this host can't meet, with the reasons."""
+        known = {each.value: reason for each, reason in self.reasons.items()}
+        for each in required:
+            if each not in known:
+                raise Refusal(Code.BAD_REQUEST, f"can't require {each[:64]!r}: there are {', '.join(known)}")
+        missing = [f"{each}: {known[each]}" for each in required if known[each]]
+        if missing:
+            raise Refusal(Code.CANNOT_SURVIVE, f"the session would not survive what is required. {'. '.join(missing)}")
+
+
+ALONE: Final = Outlook(
+    reasons={
         Survives.DAEMON_UPGRADE: "",
-        Survives.DAEMON_CRASH: _NO_STORE,
-        Survives.SERVICE_RESTART: f"{_NO_STORE}; use an upgrade instead of a restart",
-        Survives.SOFT_REBOOT: _NO_STORE,
+        Survives.DAEMON_CRASH: _ALONE,
+        Survives.SERVICE_RESTART: f"{_ALONE}; use an upgrade instead of a restart",
+        Survives.SOFT_REBOOT: _ALONE,
         Survives.KEXEC: _NO_KERNEL,
     }
+)
+"""Without a service manager."""
 
 
-def survived() -> tuple[str, ...]:
-    """What every finalized session of this daemon survives."""
-    return tuple(each.value for each, reason in reasons().items() if not reason)
+def kept(*, restarts: bool) -> Outlook:
+    """With a service manager that keeps boxes; `restarts` tells whether it does so over a restart of the service."""
+    return Outlook(
+        reasons={
+            Survives.DAEMON_UPGRADE: "",
+            Survives.DAEMON_CRASH: "",
+            Survives.SERVICE_RESTART: "" if restarts else _PARENT_TOO,
+            Survives.SOFT_REBOOT: _UNSEEN if restarts else _PARENT_TOO,
+            Survives.KEXEC: _NO_KERNEL,
+        }
+    )
 
 
-def demand(required: Iterable[str]) -> None:
-    """Refuse a demand that this host can't meet, with the reasons."""
-    known = {each.value: reason for each, reason in reasons().items()}
-    for each in required:
-        if each not in known:
-            raise Refusal(Code.BAD_REQUEST, f"can't require {each[:64]!r}: there are {', '.join(known)}")
-    missing = [f"{each}: {known[each]}" for each in required if known[each]]
-    if missing:
-        raise Refusal(Code.CANNOT_SURVIVE, f"the session would not survive what is required. {'. '.join(missing)}")
+def not_kept(fault: str) -> Outlook:
+    """With a service manager that doesn't keep boxes, for the reason `fault`."""
+    reason = f"the service manager does not keep luod's boxes: {fault}"
+    return Outlook(
+        reasons={
+            Survives.DAEMON_UPGRADE: "",
+            Survives.DAEMON_CRASH: reason,
+            Survives.SERVICE_RESTART: reason,
+            Survives.SOFT_REBOOT: reason,
+            Survives.KEXEC: _NO_KERNEL,
+        }
+    )

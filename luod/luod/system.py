@@ -33,6 +33,15 @@ def _is_alive(known: Process) -> bool:
     return known.start != 0 and process(known.pid) == known
 
 
+def cgroup(pid: int) -> str:
+    """The cgroups(7) of a process, as /proc tells them; empty when it can't be seen."""
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="ascii", errors="backslashreplace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 def _boot_id() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
@@ -49,6 +58,7 @@ class System:
     monotonic_us: Callable[[], int] = lambda: time.monotonic_ns() // 1000
     process: Callable[[int], Process] = process
     is_alive: Callable[[Process], bool] = _is_alive
+    cgroup: Callable[[int], str] = cgroup
     boot_id: str = attrs.field(factory=_boot_id)
     pid: int = attrs.field(factory=os.getpid)
     uid: int = attrs.field(factory=os.geteuid)

@@ -26,6 +26,8 @@ class DaemonStatus:
     """To `status`. `open_fds` counts the daemon's descriptors, `preserved_fds` those inside its boxes.
 
     `last_pause_us` is what the last handover to this daemon took from freeze to serving, in microseconds; 0 for a first generation.
+    `manager` is who would start it again after a crash, empty for nobody; `stored_fds` how many fds it has in the manager's store, of
+    `store_limit`, which is 0 where that isn't known.
     """
 
     type: ClassVar[str] = "daemon-status"
@@ -42,6 +44,9 @@ class DaemonStatus:
     connections: int
     open_fds: int
     last_pause_us: int
+    manager: str
+    stored_fds: int
+    store_limit: int
 
 
 @attrs.frozen(kw_only=True)

@@ -16,14 +16,17 @@ EXPECTED = {
     ("copying", "refused"): "left",
     ("copying", "lost-alive"): "left",
     ("copying", "old-died"): "serving",
+    ("copying", "old-died-managed"): "left",
     ("ready", "frozen"): "holding",
     ("ready", "refused"): "left",
     ("ready", "lost-alive"): "left",
     ("ready", "old-died"): "serving",
+    ("ready", "old-died-managed"): "left",
     ("holding", "committed"): "serving",
     ("holding", "refused"): "left",
     ("holding", "lost-alive"): "left",
     ("holding", "old-died"): "serving",
+    ("holding", "old-died-managed"): "left",
 }
 
 

@@ -28,6 +28,7 @@ EXPECTED = {
     ("frozen", "late"): "draining",
     ("draining", "serving-read"): "replaced",
     ("draining", "queue-empty"): "serving",
+    ("replaced", "confirmed"): "released",
 }
 
 
@@ -47,8 +48,9 @@ def test_expected_rows_name_what_there_is() -> None:
     assert len(TABLE) == len(EXPECTED)
 
 
-def test_replaced_has_no_way_out() -> None:
-    assert not [event for state, event in TABLE if state is OldState.REPLACED]
+def test_replaced_leads_to_the_end_and_nowhere_else() -> None:
+    assert {event for state, event in TABLE if state is OldState.REPLACED} == {OldEvent.CONFIRMED}
+    assert not [event for state, event in TABLE if state is OldState.RELEASED]
 
 
 def test_replaced_is_entered_by_reading_serving_and_only_after_the_freeze() -> None:

@@ -101,9 +101,17 @@ def status(args: argparse.Namespace) -> None:
                 ("connections", str(found.connections)),
                 ("descriptors", f"{found.open_fds} open in the daemon"),
                 ("last pause", f"{found.last_pause_us / 1000:.1f} ms" if found.last_pause_us else ""),
+                ("kept by", _kept(found)),
             )
         )
     )
+
+
+def _kept(found: m.DaemonStatus) -> str:
+    if not found.manager:
+        return "nobody else: sessions end with luod"
+    limit = f" of {found.store_limit}" if found.store_limit else ""
+    return f"{found.manager}, {found.stored_fds}{limit} fds in its store"
 
 
 def capabilities(args: argparse.Namespace) -> None:

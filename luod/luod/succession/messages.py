@@ -11,6 +11,7 @@ from typing import ClassVar, TypeAlias, get_args
 import attrs
 
 from luod.manifest import Entry
+from luod.notify import ManagerInfo
 from luod.store import Ended
 from luod.system import Process
 from luod_protocol.codec import Codec
@@ -44,6 +45,7 @@ class Offer:
     directory: str
     endpoints: tuple[str, ...]
     ended: tuple[Ended, ...]
+    manager: ManagerInfo | None
 
 
 @attrs.frozen(kw_only=True)
@@ -56,11 +58,12 @@ class Declined:
 
 @attrs.frozen(kw_only=True)
 class Box:
-    """Old to new: a preserved session. fds: its box."""
+    """Old to new: a preserved session, and whether the service manager holds it. fds: its box."""
 
     type: ClassVar[str] = "box"
     session_id: bytes
     retrieved_by: tuple[Process, ...]
+    stored: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -161,12 +164,14 @@ class Connection:
 
 @attrs.frozen(kw_only=True)
 class Frozen:
-    """Old to new: that is all. `since_us` is when the freeze began, in microseconds of CLOCK_MONOTONIC."""
+    """Old to new: that is all. `since_us` is when the freeze began, in microseconds of CLOCK_MONOTONIC; `stored_others` are the names in
+    the service manager's store that are no session's box."""
 
     type: ClassVar[str] = "frozen"
     since_us: int
     connections: int
     sessions: int
+    stored_others: tuple[str, ...]
 
 
 @attrs.frozen(kw_only=True)

@@ -110,6 +110,8 @@ class NewSide:
         self.offer: Offer | None = None
         self.since_us = 0
         """When the freeze began, in microseconds of CLOCK_MONOTONIC; 0 when the old daemon died before."""
+        self.stored_others: tuple[str, ...] = ()
+        """Names in the service manager's store that are no session's box."""
         self.predecessor: OwnedFd | None = None
         """The old daemon's pidfd, from the offer on; owned by whoever runs this."""
         self._channel = channel
@@ -218,7 +220,7 @@ class NewSide:
         description = verify.boxed(fds[0].fileno(), heir.boot_id)
         if description.session_id != message.session_id:
             raise Mismatch("a box has another session's manifest")
-        heir.adopt_session(Session.adopted(description, fds.pop(), message.retrieved_by))
+        heir.adopt_session(Session.adopted(description, fds.pop(), message.retrieved_by, stored=message.stored))
         self._sessions += 1
 
     # ---------------------------------------------------------------------------------------------------- what is live
@@ -260,6 +262,7 @@ class NewSide:
             raise Mismatch(f"{len(self._ready_heir.store)} of {message.sessions} sessions came")
         self._step(NewEvent.FROZEN)
         self.since_us = message.since_us
+        self.stored_others = message.stored_others
         try:
             self._channel.send_now(Serving())
         except OSError:
@@ -273,6 +276,9 @@ class NewSide:
         if not await self._old_is_dead():
             self._step(NewEvent.LOST_ALIVE)
             raise Left("the old daemon ended the handover")
+        if self.offer is not None and self.offer.manager is not None:
+            self._step(NewEvent.OLD_DIED_MANAGED)
+            raise Left("the old daemon died: the service manager ends this one with it, and starts luod again from its store")
         before = self.state
         self._step(NewEvent.OLD_DIED)
         if before is not NewState.HOLDING:

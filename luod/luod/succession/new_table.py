@@ -11,9 +11,12 @@ Unhappy paths:
 3. The old daemon dies before `frozen`: everything finalized that was sent is the successor's, boxes and log; the clients' connections died.
    It serves.
 4. The old daemon dies after `frozen`: the connections too are the successor's. It serves.
-5. The commit can't be sent (EPIPE) and the old daemon lives, having thawed: it leaves without having served.
+5. The old daemon dies, and a service manager watches: it leaves. The manager ends the whole service with its main process and starts it
+   again from its store, which is the truth.
+6. The commit can't be sent (EPIPE) and the old daemon lives, having thawed: it leaves without having served.
 
-Invariant: `serving` is entered by a commit that was sent, or by the old daemon's death; `left` and `serving` have no way out.
+Invariant: `serving` is entered by a commit that was sent, or, without a service manager, by the old daemon's death; `left` and `serving`
+have no way out.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class NewEvent(enum.StrEnum):
     REFUSED = "refused"
     LOST_ALIVE = "lost-alive"
     OLD_DIED = "old-died"
+    OLD_DIED_MANAGED = "old-died-managed"
 
 
 class IllegalNewEvent(LuodError):
@@ -63,14 +67,17 @@ TABLE: Final[Mapping[tuple[NewState, NewEvent], NewState]] = {
     (_S.COPYING, _E.REFUSED): _S.LEFT,
     (_S.COPYING, _E.LOST_ALIVE): _S.LEFT,
     (_S.COPYING, _E.OLD_DIED): _S.SERVING,
+    (_S.COPYING, _E.OLD_DIED_MANAGED): _S.LEFT,
     (_S.READY, _E.FROZEN): _S.HOLDING,
     (_S.READY, _E.REFUSED): _S.LEFT,
     (_S.READY, _E.LOST_ALIVE): _S.LEFT,
     (_S.READY, _E.OLD_DIED): _S.SERVING,
+    (_S.READY, _E.OLD_DIED_MANAGED): _S.LEFT,
     (_S.HOLDING, _E.COMMITTED): _S.SERVING,
     (_S.HOLDING, _E.REFUSED): _S.LEFT,
     (_S.HOLDING, _E.LOST_ALIVE): _S.LEFT,
     (_S.HOLDING, _E.OLD_DIED): _S.SERVING,
+    (_S.HOLDING, _E.OLD_DIED_MANAGED): _S.LEFT,
 }
 
 

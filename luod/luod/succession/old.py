@@ -4,7 +4,8 @@ Theory. The log is what makes the copy true: from the moment at which the copy b
 to the successor before the client is answered (`tell`), on the same ordered socket as the copy. So at any moment the successor has all that
 was answered, and what a dead daemon had queued is still read.
 
-Happy path: `run` meets the successor, copies, freezes, sends what is live, and returns when `serving` was read. The process then ends.
+Happy path: `run` meets the successor, copies, freezes, sends what is live, and returns when `serving` was read and the service manager,
+where there is one, knows the successor as the main process. The process then ends.
 
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
 waited for it in `tell` goes on.
@@ -27,6 +28,7 @@ import trio
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.config import HandoverTable
 from luod.gate import Gate
+from luod.notify import ManagerFault, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
@@ -61,6 +63,9 @@ STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
 
 BUG = "luod has a bug in its handover and logged it"
 
+ANNOUNCE_AGAIN_S = 1.0
+"""How long until a service manager that could not be told is told again, in seconds."""
+
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
 
@@ -82,6 +87,9 @@ class Host(Protocol):
     directory: str
 
     @property
+    def manager(self) -> ManagerInfo | None: ...
+
+    @property
     def store(self) -> Store: ...
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
@@ -91,6 +99,10 @@ class Host(Protocol):
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]: ...
 
     def wire_versions(self) -> set[int]: ...
+
+    def stored_others(self) -> tuple[str, ...]: ...
+
+    async def announce(self, pid: int) -> None: ...
 
 
 class OldSide:
@@ -116,6 +128,7 @@ class OldSide:
         self._over = trio.Event()
         self._deaf = trio.Event()
         self._serving_read = False
+        self._offered: Sequence[Session] = ()
         self._let_go: dict[bytes, trio.Event] = {}
         self._post, self._events = trio.open_memory_channel[tuple[OldEvent, Handover | str]](math.inf)
 
@@ -131,9 +144,11 @@ class OldSide:
         try:
             self._step(OldEvent.SUCCESSOR_STARTED)
             self._host.start_soon(self._listen)
-            await self._copy(await self._meet())
+            meet = await self._meet()
+            await self._copy(self._offered)
             await self._freeze()
             await self._commit()
+            await self._release(meet.pid)
         except HandoverFailed as failure:
             reason = str(failure)
             raise
@@ -142,7 +157,7 @@ class OldSide:
             log.exception(BUG)
             raise HandoverFailed(BUG) from bug
         finally:
-            if self.state in (OldState.FROZEN, OldState.DRAINING, OldState.REPLACED):
+            if self.state in (OldState.FROZEN, OldState.DRAINING, OldState.REPLACED, OldState.RELEASED):
                 # Replaced; or this process is ending in the middle, and its successor will find it dead and serve.
                 self._channel.close()
                 self._successor.close()
@@ -156,8 +171,8 @@ class OldSide:
                     await self._see_off()
             self._over.set()
 
-    async def _meet(self) -> Sequence[Session]:
-        """Returns what is to be copied; all that changes from the same moment on is in the log."""
+    async def _meet(self) -> Meet:
+        """Returns who the successor is. What is finalized now is to be copied; all that changes from the same moment on is in the log."""
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
@@ -172,7 +187,7 @@ class OldSide:
             self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
         self._step(OldEvent.ACCEPTED)
         self._logging = True
-        finalized = [session for session in self._host.store if session.sealed is not None]
+        self._offered = [session for session in self._host.store if session.sealed is not None]
         endpoints, fds = self._host.inheritance()
         offer = Offer(
             luod=RELEASE,
@@ -182,10 +197,11 @@ class OldSide:
             directory=self._host.directory,
             endpoints=endpoints,
             ended=tuple(self._host.store.all_ended),
+            manager=self._host.manager,
         )
         with OwnedFd(os.pidfd_open(os.getpid())) as pidfd:
             await self._send(offer, [*fds, pidfd.fileno()])
-        return finalized
+        return meet
 
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
@@ -242,7 +258,14 @@ class OldSide:
             for message, fds in messages:
                 await self._channel.send_fast(message, fds)
             connections += 1
-        await self._channel.send_fast(Frozen(since_us=self._since_us, connections=connections, sessions=len(self._host.store)))
+        await self._channel.send_fast(
+            Frozen(
+                since_us=self._since_us,
+                connections=connections,
+                sessions=len(self._host.store),
+                stored_others=self._host.stored_others(),
+            )
+        )
 
     async def _send_open(self, session: Session) -> None:
         await self._channel.send_fast(
@@ -259,6 +282,18 @@ class OldSide:
         for start in range(0, len(staged), STAGED_PER_PACKET):
             part = staged[start : start + STAGED_PER_PACKET]
             await self._channel.send_fast(StagedEntries(entries=tuple(each.entry for each in part)), [each.fd.fileno() for each in part])
+
+    async def _release(self, successor: int) -> None:
+        """Returns when this process may end. The successor serves: whatever goes wrong here, this process serves no more, and the successor
+        ends it when it takes too long."""
+        while True:
+            try:
+                await self._host.announce(successor)
+                break
+            except ManagerFault as error:
+                log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
+                await trio.sleep(ANNOUNCE_AGAIN_S)
+        self._step(OldEvent.CONFIRMED)
 
     async def stop(self) -> None:
         """This daemon is to end: give up, unless it is frozen, when the successor is a moment from serving; returns when it is decided."""
@@ -301,7 +336,7 @@ class OldSide:
     async def _send_box(self, session: Session, send: Callable[[Handover, Sequence[int]], Awaitable[None]]) -> None:
         # A duplicate: the session may be finished while this waits for room.
         if session.sealed is not None:
-            message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by))
+            message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by), stored=session.stored)
             with OwnedFd(os.dup(session.sealed.box.fileno())) as box:
                 await send(message, [box.fileno()])
 

@@ -4,15 +4,17 @@ Theory. Until it has read `serving` the old daemon is the only authority; from t
 that moment it waits, within a bound. Whatever ends the wait otherwise, it closes its ear (shutdown(SHUT_RD)), so that a `serving` that
 isn't in the queue yet can't be sent any more, and then reads the queue to its end. Found: replaced. Not found: it thaws.
 
-Happy path: serving, meeting, copying, freezing, frozen, replaced.
+Happy path: serving, meeting, copying, freezing, frozen, replaced, released.
 
 Unhappy paths:
 1. The successor declines, dies or is late before the freeze: back to serving, as if nothing had happened.
 2. A request that was read before the freeze isn't answered in time: thaw.
 3. Frozen, and the successor declines, dies or says nothing: drain, then thaw, or find that it had committed.
+4. Replaced, and the service manager doesn't confirm the successor as the service's main process: it stays, and does nothing, for the
+   manager would end the successor with it.
 
-Invariants: `replaced` is entered by reading `serving` and in no other way, and has no way out. From `frozen` the only way back to
-serving leads through `draining`.
+Invariants: `replaced` is entered by reading `serving` and in no other way, and leads to `released` only. The process ends in `released`.
+From `frozen` the only way back to serving leads through `draining`.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ class OldState(enum.StrEnum):
     FROZEN = "frozen"
     DRAINING = "draining"
     REPLACED = "replaced"
+    RELEASED = "released"
 
 
 class OldEvent(enum.StrEnum):
-    """What can happen to it. LOST: the successor's end is closed and all that it sent is read."""
+    """What can happen to it. LOST: the successor's end is closed and all that it sent is read. CONFIRMED: the service manager knows the
+    successor as the main process, or there is no manager."""
 
     SUCCESSOR_STARTED = "successor-started"
     ACCEPTED = "accepted"
@@ -48,6 +52,7 @@ class OldEvent(enum.StrEnum):
     LOST = "lost"
     LATE = "late"
     QUEUE_EMPTY = "queue-empty"
+    CONFIRMED = "confirmed"
 
 
 class IllegalOldEvent(LuodError):
@@ -77,6 +82,7 @@ TABLE: Final[Mapping[tuple[OldState, OldEvent], OldState]] = {
     (_S.FROZEN, _E.LATE): _S.DRAINING,
     (_S.DRAINING, _E.SERVING_READ): _S.REPLACED,
     (_S.DRAINING, _E.QUEUE_EMPTY): _S.SERVING,
+    (_S.REPLACED, _E.CONFIRMED): _S.RELEASED,
 }
 
 

@@ -1,0 +1,123 @@
+"""What an earlier luod left in the service manager's store, adopted by one that starts: after a crash, a restart, a stop and a start.
+
+Theory. Every box says itself which session it is; its name in the store and the order in which it comes mean nothing. The newest ledger
+says what happened since: which sessions were about to end, and who has retrieved.
+
+Happy path: each box becomes a preserved session of the new generation.
+
+Unhappy paths:
+1. The ledger says that a session ends: its box was on its way out. It is let go of, and remembered as ended.
+2. A box can't be read or isn't what its manifest says, or is of a newer version: it stays in the store untouched, for a luod that can.
+3. Two boxes are of one session, or of one owner's name: the one finalized first is adopted, the other stays in the store.
+4. The ledger can't be read: the boxes are adopted without, and the ledger stays.
+
+Invariants: nothing is dropped here but what has ended. Open sessions and claims died with their connections.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import attrs
+
+from luod import verify
+from luod.handlers.base import Mismatch
+from luod.manifest import Manifest, ManifestFault, ManifestFromTheFuture
+from luod.session import Session
+from luod.store import Ended
+from luod.succession import ledger
+from luod.succession.keeping import box_name
+from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
+from luod.system import Process
+from luod_protocol.box import BoxFault
+from luod_protocol.fds import OwnedFd
+
+log = logging.getLogger("luod")
+
+
+@attrs.frozen(kw_only=True)
+class Adopted:
+    """What a store had.
+
+    Attributes:
+        generation: of the luod that wrote the newest ledger; 0 without one.
+        sessions: preserved, oldest first.
+        ended: sessions that are gone, oldest first.
+        others: names in the store that are no adopted session's box.
+        leaving: those of them that are to be removed.
+    """
+
+    generation: int
+    sessions: list[Session]
+    ended: list[Ended]
+    others: list[str]
+    leaving: list[str]
+
+
+def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
+    """Adopt what was stored: names and fds, which are owned and moved."""
+    boxes: list[tuple[str, OwnedFd]] = []
+    ledgers: dict[int, tuple[str, OwnedFd]] = {}
+    for name, fd in stored:
+        generation = ledger.generation(name)
+        if generation is None:
+            boxes.append((name, fd))
+        elif generation in ledgers:
+            fd.close()
+        else:
+            ledgers[generation] = (name, fd)
+    others = [name for name, _ in ledgers.values()]
+    newest = max(ledgers, default=0)
+    # Also the newest, once there is a newer one; unless it is of a later version, which a later luod may need.
+    leaving = list(others)
+    records: list[Record] = []
+    for generation, (name, fd) in ledgers.items():
+        with fd:
+            if generation == newest:
+                try:
+                    records = ledger.read(fd.fileno())
+                except LedgerFault as error:
+                    log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
+                    leaving.remove(name)
+    ended, retrieved = _summed_up(records)
+    adopted = Adopted(generation=newest, sessions=[], ended=list(ended.values()), others=others, leaving=leaving)
+    found: list[tuple[Manifest, str, OwnedFd]] = []
+    for name, fd in boxes:
+        try:
+            found.append((verify.boxed(fd.fileno(), boot_id), name, fd))
+        except (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, OSError) as error:
+            log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
+            adopted.others.append(name)
+            fd.close()
+    taken: set[bytes | tuple[int, str]] = set()
+    for manifest, name, fd in sorted(found, key=lambda each: each[0].finalized_at):
+        session_id, owned_name = manifest.session_id, (manifest.owner, manifest.session)
+        if name == box_name(session_id) and not taken & {session_id, owned_name} and session_id not in ended:
+            # Processes are of one boot: after another one their numbers mean somebody else.
+            processes = retrieved.get(session_id, set()) if manifest.boot_id == boot_id else set[Process]()
+            adopted.sessions.append(Session.adopted(manifest, fd, processes, stored=True))
+            taken |= {session_id, owned_name}
+            continue
+        fd.close()
+        adopted.others.append(name)
+        if session_id in ended:
+            adopted.leaving.append(name)
+        else:
+            log.error("%s in the service manager's store is session %r, which is there twice; it stays there", name, manifest.session)
+    return adopted
+
+
+def _summed_up(records: Iterable[Record]) -> tuple[dict[bytes, Ended], dict[bytes, set[Process]]]:
+    """What the records say in the end: the sessions that ended, oldest first, and who has retrieved."""
+    ended: dict[bytes, Ended] = {}
+    retrieved: dict[bytes, set[Process]] = {}
+    for record in records:
+        match record:
+            case Ending():
+                ended[record.ended.session_id] = record.ended
+            case Staying():
+                ended.pop(record.session_id, None)
+            case Retrieval():
+                retrieved.setdefault(record.session_id, set()).add(record.process)
+    return ended, retrieved

@@ -1,0 +1,123 @@
+"""The service manager's store of fds: FDSTORE=1 of sd_notify(3), made sure of.
+
+Theory. What lies in the store outlives this process: after a crash or a restart the manager passes it to the next one (`luod.activation`).
+But the manager says nothing: a store that is full, or a sender that it doesn't listen to, and the fd is dropped without a word, BARRIER or
+not. So behind each fd a *witness* is sent, the end of a pipe. The store is filled in order: when the manager has kept the witness, which
+shows at the pipe's other end, it has kept the fd as well. The witness is then removed again. Nothing needs to be known of the manager's
+limit, though where it is known it is heeded first, for a refusal that says the number.
+
+Happy path: `put(name, fd)` returns when the manager holds the fd; `remove(name)` when it doesn't any more.
+
+Unhappy paths:
+1. The store is full, or its unit has none (FileDescriptorStoreMax=0, the default), or the manager doesn't take this process for the
+   service's main process: `NotKept`, and what may have been kept is removed again.
+2. The manager doesn't answer: `ManagerFault`; what was sent is undone behind it, for it may take both later.
+
+Invariants: one operation at a time, so that the witness speaks for one fd. A name is put once. Names hold no `:`, which systemd drops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Final
+
+import trio
+
+from luod.notify import Manager, ManagerFault, hung_up
+from luod_protocol.errors import LuodError
+from luod_protocol.fds import own
+
+WITNESS: Final = "luod-witness"
+SPARE: Final = 1
+"""Places that an operation needs besides its own: the witness's."""
+
+
+class NotKept(LuodError):
+    """The manager did not keep a fd."""
+
+
+class FdStore:
+    """The store of one manager.
+
+    Args:
+        manager: whose store it is.
+        names: what is in it already.
+    """
+
+    def __init__(self, manager: Manager, names: Collection[str]) -> None:
+        self._manager: Final = manager
+        self._names = set(names)
+        self._turn = trio.Lock()
+
+    @property
+    def count(self) -> int:
+        """How many fds are stored."""
+        return len(self._names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What is stored."""
+        return frozenset(self._names)
+
+    async def put(self, name: str, fd: int) -> None:
+        """Return when the manager holds the borrowed `fd` as `name`. Cancelled: it may hold it or not.
+
+        Raises:
+            NotKept: unhappy path 1.
+            ManagerFault: unhappy path 2.
+        """
+        async with self._turn:
+            limit = self._manager.info.store_limit
+            if limit and self.count + 1 + SPARE > limit:
+                raise NotKept(f"the store of {self._manager.info.name} has room for {limit} fds and luod has {self.count} there")
+            kept = False
+            try:
+                kept = await self._put(name, fd)
+            finally:
+                if not kept:
+                    await self._undo(f"FDNAME={name}")
+            self._names.add(name)
+
+    async def _put(self, name: str, fd: int) -> bool:
+        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        with ours:
+            with theirs:
+                await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+                await self._manager.tell("FDSTORE=1", f"FDNAME={WITNESS}", "FDPOLL=0", fds=[theirs.fileno()])
+            try:
+                await self._manager.barrier()
+                if hung_up(ours):
+                    raise NotKept(
+                        f"the store of {self._manager.info.name} took nothing more: it is full, has no room at all "
+                        "(FileDescriptorStoreMax= of the unit), or does not listen to this process"
+                    )
+                return True
+            finally:
+                await self._undo(f"FDNAME={WITNESS}")
+
+    async def _undo(self, field: str) -> None:
+        # Behind what it undoes, also when this is cancelled: the manager takes both or neither.
+        with trio.CancelScope(shield=True):
+            try:
+                await self._manager.tell("FDSTOREREMOVE=1", field)
+            except ManagerFault:
+                return
+
+    async def remove(self, name: str) -> None:
+        """Return when the manager has let go of what it holds as `name`, perhaps nothing.
+
+        Raises:
+            ManagerFault: unhappy path 2; it may let go later.
+        """
+        async with self._turn:
+            await self._manager.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+            await self._manager.barrier()
+            self._names.discard(name)
+
+    async def restore(self, name: str, fd: int) -> None:
+        """After a `remove` that failed: have the manager hold `fd` again, behind the removal that it may not have taken yet."""
+        async with self._turn:
+            with trio.CancelScope(shield=True):
+                await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+                self._names.add(name)

@@ -1,0 +1,192 @@
+"""The succession by the service manager: what is finalized lies in its store before the client is told, and what ended doesn't any more.
+
+Theory. The box of each finalized session is in the manager's store (`fdstore`), and so is a ledger of what boxes can't tell (`ledger`). A
+luod that crashes, or is restarted, is followed by one that gets both back at its start (`adoption`). While a luod lives the store is never
+read: luod knows what it put there. Only the service's main process is listened to, so a successor begins when its predecessor is gone.
+
+Happy path: `begin`; then `keep` before `finalized` is answered, `forget` before `finished`, `note_retrieval` before fds are given out.
+
+Unhappy paths:
+1. The unit has no store: `begin` finds out, `fault` says so; sessions survive what they would survive without a manager.
+2. The store is full: `keep` refuses, the session is open as before.
+3. The manager doesn't answer: refused, and undone behind it. A box whose removal isn't certain is put back.
+4. luod dies between the ledger's word that a session ends and its removal: the next one ends it. Nobody was told otherwise.
+
+Invariants: a session for which `finalized` was answered with `daemon-crash` is in the store; one that was answered with `finished` isn't.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import Final
+
+import trio
+
+from luod import survival
+from luod.notify import SYSTEMD, Manager, ManagerFault
+from luod.store import Ended, Store
+from luod.succession import ledger
+from luod.succession.fdstore import FdStore, NotKept
+from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying
+from luod.survival import Outlook
+from luod.system import Process
+from luod_protocol.errors import Code, Refusal
+
+log = logging.getLogger("luod")
+
+
+def box_name(session_id: bytes) -> str:
+    """What the manager calls a session's box."""
+    return f"luod-{session_id.hex()}"
+
+
+class Keeper:
+    """What one luod has its manager keep.
+
+    Args:
+        manager: the manager; owned.
+        generation: of this luod.
+        store: its sessions, and what ended.
+
+    Attributes:
+        ready: set when it is known whether anything can be kept.
+        fault: why nothing can; empty when it can.
+    """
+
+    def __init__(self, *, manager: Manager, generation: int, store: Store) -> None:
+        self.manager: Final = manager
+        self.ready = trio.Event()
+        self.fault = ""
+        self._generation: Final = generation
+        self._sessions: Final = store
+        self._fds = FdStore(manager, ())
+        self._others: set[str] = set()
+        self._ledger: Ledger | None = None
+        self._leaving: dict[bytes, Ended] = {}
+
+    @property
+    def count(self) -> int:
+        """How many fds luod has in the manager's store."""
+        return self._fds.count
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What is stored and is no session's box: for a successor."""
+        return tuple(self._others)
+
+    def outlook(self) -> Outlook:
+        """What sessions survive with this manager."""
+        if self.fault:
+            return survival.not_kept(self.fault)
+        return survival.kept(restarts=self.manager.info.name == SYSTEMD)
+
+    async def begin(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+        """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
+
+        Args:
+            others: what is in the manager's store and is no session's box, by name.
+            leaving: those of them that are to be removed, when the new ledger is there.
+        """
+        stored = {box_name(session.session_id) for session in self._sessions if session.stored}
+        self._fds = FdStore(self.manager, stored.union(others))
+        self._others = set(others)
+        try:
+            await self._begin_ledger()
+            for name in leaving:
+                await self._fds.remove(name)
+                self._others.discard(name)
+            for session in self._sessions:
+                if session.sealed is not None and not session.stored:
+                    await self._fds.put(box_name(session.session_id), session.sealed.box.fileno())
+                    session.stored = True
+        except (NotKept, ManagerFault, LedgerFault) as error:
+            if not stored:
+                self.fault = str(error)
+            log.error("the service manager does not keep all that it should, which a crash of luod may cost: %s", error)
+        finally:
+            self.ready.set()
+
+    async def _begin_ledger(self) -> None:
+        # What happens while it is being stored is written into it already.
+        self._ledger = Ledger(self._what_matters())
+        name = ledger.name(self._generation)
+        await self._fds.put(name, self._ledger.memfd.fileno())
+        self._others.add(name)
+
+    def _what_matters(self) -> Iterator[Record]:
+        yield from (Ending(ended=each) for each in (*self._sessions.all_ended, *self._leaving.values()))
+        for session in self._sessions:
+            yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
+
+    async def keep(self, session_id: bytes, box: int) -> bool:
+        """Have the manager keep a borrowed box. Cancelled: it may or may not.
+
+        Returns:
+            Whether it does; False only where the unit has no store.
+
+        Raises:
+            Refusal: unhappy paths 2 and 3.
+        """
+        await self.ready.wait()
+        if self.fault:
+            return False
+        try:
+            await self._fds.put(box_name(session_id), box)
+        except NotKept as error:
+            why = f"the session can't be kept over a crash: {error}; it is still open. Finish or discard sessions, or raise the limit"
+            raise Refusal(Code.LIMIT_REACHED, why) from None
+        except ManagerFault as error:
+            raise Refusal(Code.SYSTEM_ERROR, f"the session can't be kept over a crash: {error}; it is still open, try again") from None
+        return True
+
+    async def forget(self, ended: Ended, box: int) -> None:
+        """Have the manager let go of a session that is about to end; its box is borrowed. Cancelled: the next luod ends it.
+
+        The caller ends the session as soon as this has returned, without a checkpoint in between.
+
+        Raises:
+            Refusal: unhappy path 3; nothing has changed.
+        """
+        await self.ready.wait()
+        self._leaving[ended.session_id] = ended
+        try:
+            self._write(Ending(ended=ended))
+            if box_name(ended.session_id) in self._fds.names:
+                await self._fds.remove(box_name(ended.session_id))
+        except ManagerFault as error:
+            await self._stay(ended.session_id, box)
+            raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
+        finally:
+            del self._leaving[ended.session_id]
+
+    async def _stay(self, session_id: bytes, box: int) -> None:
+        try:
+            self._write(Staying(session_id=session_id))
+            await self._fds.restore(box_name(session_id), box)
+        except (Refusal, ManagerFault) as error:
+            log.error("session %s may not survive a crash of luod any more: %s", session_id.hex(), error)
+
+    def note_retrieval(self, session_id: bytes, process: Process) -> None:
+        """Write down that a process is about to get fds of a session.
+
+        Raises:
+            Refusal: it can't be written.
+        """
+        self._write(Retrieval(session_id=session_id, process=process))
+
+    def _write(self, record: Record) -> None:
+        if self._ledger is None:
+            return
+        try:
+            if self._ledger.is_long:
+                self._ledger.begin_anew(self._what_matters())
+            self._ledger.write(record)
+        except LedgerFault as error:
+            raise Refusal(Code.SYSTEM_ERROR, str(error)) from None
+
+    def close(self) -> None:
+        """Keep nothing more; what the manager has it keeps."""
+        self.manager.close()
+        if self._ledger is not None:
+            self._ledger.close()
