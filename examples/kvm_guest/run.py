@@ -30,13 +30,13 @@ def say(text: str) -> None:
 
 def preserve(session: str, runtime_dir: str | None, counts: int, require: list[str]) -> bool:
     """Run a new guest for `counts` counts, stop it, and give it into luod's custody."""
-    with guest.boot() as machine:
+    with guest.boot() as vm:
         say("a guest counts, in a register and in its RAM, a memfd:")
         for _ in range(counts):
-            count = machine.step()
+            count = vm.step()
             if count <= 3:
                 say(f"  {count}")
-        stopped = guest.stop(machine, session=session, runtime_dir=runtime_dir, require=require)
+        stopped = guest.stop(vm, session=session, runtime_dir=runtime_dir, require=require)
     say(f"  … {stopped.count}. Stopped.")
     say(f"luod has its RAM and its vCPU's {kvm.STATE_BYTES} bytes of state, as session {session!r}. This process ends.")
     return not stopped.wrong
