@@ -19,10 +19,10 @@ import luod_client
 from harness import Daemon
 from luod_client.demo import counting, guest, kvm
 from luod_protocol.fds import OwnedFd
+from machine import KVM, kvm_is_for_everybody, kvm_is_there
 from processes import ALICE, LIMIT_S, PYTHON, Talk, folder_for, spawn_client, start
 
-LEFT_OUT = kvm.works()
-needs_kvm = pytest.mark.skipif(bool(LEFT_OUT), reason=LEFT_OUT)
+needs_kvm = pytest.mark.skipif(not kvm_is_there(), reason=f"no {KVM} that can be opened, on x86_64")
 RUN = str(Path(__file__).parents[2] / "examples" / "kvm_guest" / "run.py")
 
 HEADER = struct.Struct("<8sIIQ")
@@ -45,6 +45,11 @@ def counted(ram: int, counts: int) -> bytes:
 
 
 # ---- the machine
+
+
+@needs_kvm
+def test_where_it_is_there_it_works() -> None:
+    assert kvm.works() == ""
 
 
 @needs_kvm
@@ -366,12 +371,12 @@ def test_the_example_says_when_its_guest_is_not_as_it_was(daemon: Daemon) -> Non
 @pytest.mark.root
 @pytest.mark.slow
 def test_the_example_needs_kvm_and_says_so() -> None:
-    if os.path.exists(kvm.PATH) and os.stat(kvm.PATH).st_mode & 0o006:
-        pytest.skip(f"everybody may use {kvm.PATH} here")
+    if kvm_is_for_everybody():
+        pytest.skip(f"everybody may use {KVM} here")
     with start([sys.executable, RUN], ALICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, out) == (1, b"")
-    assert f"{kvm.PATH} can't be opened: ".encode() in err
+    assert f"{KVM} can't be opened: ".encode() in err
 
 
 @pytest.mark.parametrize("arguments", [("--counts", "0"), ("--counts", "x"), ("stop",)])
