@@ -33,7 +33,7 @@ check-format: $(READY)-lint
 	$(BIN)/ruff format --check .
 
 check-mypy: $(READY)-lint
-	$(BIN)/mypy protocol luod client tests benchmarks docs
+	$(BIN)/mypy protocol luod client tests benchmarks docs examples
 
 check-pyright: $(READY)-lint
 	$(BIN)/pyright

@@ -18,10 +18,16 @@ import pytest
 
 from harness import LIMIT_S
 from luod_client.demo.checks import Answer, Seen, compare
+from luod_client.demo.guest import Moved, Resumed, Stopped
 from luod_client.demo.story import show
+from machine import KVM, kvm_is_for_everybody, kvm_is_there
+from processes import ALICE, folder_for, start
 
 DEMO = (sys.executable, "-P", "-m", "luod_client.demo")
 LUOCTL = (sys.executable, "-P", "-m", "luod_client.cli", "demo")
+
+STOPPED = Stopped(count=50, wrong="", register=50, in_ram=50, sha256="cd" * 32, identity="1:9", stopped_s=100.0)
+RESUMED = Resumed(sha256="cd" * 32, identity="1:9", first=51, last=550, wrong="", pause_s=0.3, rebuild_s=0.001)
 
 GOOD = Seen(
     size=1 << 20,
@@ -48,6 +54,8 @@ GOOD = Seen(
     resets_finish=0,
     resets_close=1,
     counter_close=0,
+    guest=Moved(stopped=STOPPED, resumed=RESUMED),
+    guest_left_out="",
     sessions_left=0,
     pause_s=0.001,
     longest_s=0.002,
@@ -55,6 +63,11 @@ GOOD = Seen(
     retrieve_s=0.001,
     copy_s=0.1,
 )
+
+
+def moved(*, stopped: Stopped = STOPPED, resumed: Resumed = RESUMED) -> dict[str, Any]:
+    return {"guest": Moved(stopped=stopped, resumed=resumed)}
+
 
 WRONG = [
     ({"sha256_after": "ac" * 32}, "memory: SHA-256, computed by the new process"),
@@ -77,6 +90,14 @@ WRONG = [
     ({"resets_close": 0}, "device: resets after the last close"),
     ({"resets_close": 2}, "device: resets after the last close"),
     ({"counter_close": 5}, "device: counter after the last close"),
+    (moved(stopped=attrs.evolve(STOPPED, register=0)), "guest: count when stopped, in its register, in its RAM"),
+    (moved(stopped=attrs.evolve(STOPPED, in_ram=49)), "guest: count when stopped, in its register, in its RAM"),
+    (moved(resumed=attrs.evolve(RESUMED, sha256="ce" * 32)), "guest: RAM: SHA-256 before it went on"),
+    (moved(resumed=attrs.evolve(RESUMED, identity="1:8")), "guest: RAM: device and inode"),
+    (moved(resumed=attrs.evolve(RESUMED, first=50)), "guest: first count in the new process"),
+    (moved(resumed=attrs.evolve(RESUMED, first=52)), "guest: first count in the new process"),
+    (moved(stopped=attrs.evolve(STOPPED, wrong="7 came after 5")), "guest: counts lost or repeated"),
+    (moved(resumed=attrs.evolve(RESUMED, wrong="its journal lacks 50")), "guest: counts lost or repeated"),
     ({"sessions_left": 1}, "luod: sessions left after finish"),
 ]
 
@@ -106,6 +127,17 @@ def test_every_check_has_a_case_in_which_it_fails() -> None:
     assert {check.what for check in compare(GOOD)} == {what for _, what in WRONG}
 
 
+def test_a_guest_that_is_left_out_is_said_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = attrs.evolve(GOOD, guest=None, guest_left_out="/dev/kvm is not for everybody")
+    assert show(seen, 3.0, as_json=False) == 0
+    assert "Left out, a guest in a virtual machine: /dev/kvm is not for everybody." in capsys.readouterr().out
+    assert show(seen, 3.0, as_json=True) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["left_out"] == {"guest": "/dev/kvm is not for everybody"}
+    assert [check["what"] for check in document["checks"]] == [check.what for check in compare(GOOD) if "guest" not in check.what]
+    assert set(document["measured"]).isdisjoint({"guest_pause_s", "guest_rebuild_s"})
+
+
 # ---- the real thing
 
 
@@ -123,13 +155,31 @@ def test_tells_its_story_in_one_json_document(tmp_path: Path) -> None:
     assert document["size"] == 4 << 20
     assert 0 < document["seconds"] < LIMIT_S
     checks = {check["what"]: check for check in document["checks"]}
-    assert set(checks) == {check.what for check in compare(GOOD)}
+    assert set(document["left_out"]) == (set() if kvm_is_there() else {"guest"})
+    assert set(checks) == {check.what for check in compare(GOOD if kvm_is_there() else attrs.evolve(GOOD, guest=None))}
     assert all(check["ok"] is True for check in checks.values())
     assert len(checks["memory: SHA-256, computed by the new process"]["seen"]) == 64
     assert checks["device: resets after finish"]["seen"] == "0"
     assert checks["device: resets after the last close"]["seen"] == "1"
     assert all(seconds > 0 for seconds in document["measured"].values())
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_who_may_not_use_kvm_is_told_so_and_sees_the_rest() -> None:
+    if kvm_is_for_everybody():
+        pytest.skip(f"everybody may use {KVM} here")
+    with folder_for(ALICE) as folder:
+        pipe = subprocess.PIPE
+        with start([*LUOCTL, "--json", "--size", "4"], ALICE, stdout=pipe, stderr=pipe, env=environment(Path(folder))) as process:
+            out, err = process.communicate(timeout=LIMIT_S)
+        assert os.listdir(folder) == []
+    assert (process.returncode, err) == (0, b"")
+    document = json.loads(out)
+    assert document["ok"] is True
+    assert document["left_out"]["guest"].startswith(f"{KVM} can't be opened: ")
+    assert {check["what"] for check in document["checks"]} == {check.what for check in compare(attrs.evolve(GOOD, guest=None))}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import attrs
 
+from luod_client.demo.guest import Moved
+
 
 @attrs.frozen(kw_only=True)
 class Check:
@@ -34,7 +36,8 @@ class Seen:
 
     `sha256_before` and `identity_before` are the old process's, the others the new one's. `counters` are the device's counter as it was
     read along the way, `written` what the device had written into the memory that the new process got, `counter_asked` its counter just
-    before. `resets_*` is how often the device was reset until then, seen from outside.
+    before. `resets_*` is how often the device was reset until then, seen from outside. `guest` is None where none could run, and
+    `guest_left_out` says why.
     """
 
     size: int
@@ -61,6 +64,8 @@ class Seen:
     resets_finish: int
     resets_close: int
     counter_close: int
+    guest: Moved | None
+    guest_left_out: str
     sessions_left: int
     pause_s: float
     longest_s: float
@@ -75,6 +80,22 @@ def _same(what: str, expected: object, seen: object) -> Check:
 
 def _answered(what: str, answer: Answer) -> Check:
     return _same(what, f"{answer.question} answered by pid {answer.pid}", answer.answer)
+
+
+def compare_guest(guest: Moved) -> list[Check]:
+    """What must be so of a guest that went on in another process."""
+    stopped, resumed = guest.stopped, guest.resumed
+    return [
+        _same(
+            "guest: count when stopped, in its register, in its RAM",
+            f"{stopped.count}, {stopped.count}",
+            f"{stopped.register}, {stopped.in_ram}",
+        ),
+        _same("guest: RAM: SHA-256 before it went on", stopped.sha256, resumed.sha256),
+        _same("guest: RAM: device and inode", stopped.identity, resumed.identity),
+        _same("guest: first count in the new process", stopped.count + 1, resumed.first),
+        _same("guest: counts lost or repeated", "none", stopped.wrong or resumed.wrong or "none"),
+    ]
 
 
 def compare(seen: Seen) -> list[Check]:
@@ -109,13 +130,14 @@ def compare(seen: Seen) -> list[Check]:
         ),
         _same("device: resets after the last close", 1, seen.resets_close),
         _same("device: counter after the last close", 0, seen.counter_close),
+        *([] if seen.guest is None else compare_guest(seen.guest)),
         _same("luod: sessions left after finish", 0, seen.sessions_left),
     ]
 
 
 def measured(seen: Seen) -> dict[str, float]:
     """How long it took, in seconds, and what the copy costs as a multiple of the pause."""
-    return {
+    times = {
         "pause_s": seen.pause_s,
         "longest_round_trip_s": seen.longest_s,
         "usual_round_trip_s": seen.usual_s,
@@ -125,3 +147,6 @@ def measured(seen: Seen) -> dict[str, float]:
         "copy_s": seen.copy_s,
         "copy_to_pause": seen.copy_s / seen.pause_s if seen.pause_s else 0.0,
     }
+    if seen.guest is not None:
+        times |= {"guest_pause_s": seen.guest.resumed.pause_s, "guest_rebuild_s": seen.guest.resumed.rebuild_s}
+    return times

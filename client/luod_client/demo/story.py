@@ -1,8 +1,10 @@
 """`luoctl demo`: the whole story on this machine, on real data, in seconds.
 
 Theory. An old client holds what lives only as open fds: memory full of data, a listening socket and a connection with people waiting, a
-device in mid-DMA. It gives them to luod and exits. luod is replaced by a fresh process. A new client takes everything back and goes on.
-Nobody who waited noticed, the device was never reset. Then luod and the client let go, and the device is reset, once, as it must be.
+device in mid-DMA. It gives them to luod and exits. Another process runs a virtual machine, whose guest counts; it stops the guest, gives
+its RAM and its state to luod, and exits as well. luod is replaced by a fresh process. The guest goes on in a new process, and a new client
+takes everything else back and goes on. Nobody who waited noticed, the device was never reset, no count is missing. Then luod and the client
+let go, and the device is reset, once, as it must be.
 
 Happy path: `tell` directs the roles and gathers what was seen; `compare` says what should have been seen; `show` prints it; 0.
 
@@ -11,10 +13,11 @@ Unhappy paths:
 2. The story can't be told (no daemon installed, a process fails, a refusal, no answer within `DEADLINE_S`): `Refusal`, and what the
    daemons said on stderr.
 3. Ctrl-C, SIGTERM, SIGHUP: everything is cleaned up, 128 plus the signal's number.
-4. SIGKILL: the kernel kills the roles and the device; the daemon and its directory are left, since nobody is there to end them.
+4. Where /dev/kvm can't be used the guest is left out, which is said with the reason, and all else is as ever.
+5. SIGKILL: the kernel kills the roles and the device; the daemon and its directory are left, since nobody is there to end them.
 
 Invariants: the director never holds the device fd while anybody else counts on its last close. Needs no root, no systemd, no other luod;
-works in a temporary runtime directory. On every way out but 4 the processes have ended and the directory is gone.
+works in a temporary runtime directory. On every way out but 5 the processes have ended and the directory is gone.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from luod_client.demo import client
 from luod_client.demo.checks import Answer, Seen, compare, measured
 from luod_client.demo.data import MIB
 from luod_client.demo.device import Device
+from luod_client.demo.guest import Moved, Resumed, Stopped
 from luod_client.demo.prctl import subreaper
 from luod_client.demo.processes import Daemons, DemoFault, Role
 from luod_protocol.errors import Code, LuodError, Refusal
@@ -84,6 +88,51 @@ def _stoppable() -> Generator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
+class _GuestStory:
+    """The guest's part of the story: two processes, or none where no guest can run. `stack` ends them when it is closed.
+
+    Attributes:
+        left_out: why there is no guest; empty when there is one.
+        moved: its way, once `resume` was called and unless it is left out.
+    """
+
+    def __init__(self, say: Say, runtime_dir: str, stack: contextlib.ExitStack) -> None:
+        self.moved: Moved | None = None
+        self._say = say
+        self._old = stack.enter_context(Role("the guest's old process", "guest", ["before", runtime_dir]))
+        # The new one is there in time: the guest's pause has no start of a Python interpreter in it.
+        self._new = stack.enter_context(Role("the guest's new process", "guest", ["after", runtime_dir]))
+        self._stopped: Stopped | None = None
+        self.left_out = ""
+
+    def begin(self) -> None:
+        """Wait until it counts, or not."""
+        self.left_out = self._old.hear("counting")["left_out"]
+        if self.left_out:
+            self._say(f"left out, a guest in a virtual machine: {self.left_out}")
+        else:
+            self._say(f"a guest in a virtual machine (pid {self._old.pid}) counts, in a register and in memfd RAM")
+
+    def stop(self) -> None:
+        """Have the old process stop and preserve it; that process is gone when this returns."""
+        if self.left_out:
+            return
+        self._old.tell("stop")
+        self._stopped = stopped = Stopped(**self._old.hear("stopped"))
+        self._old.join()
+        self._say(f"the guest is stopped at {stopped.count}; luod has its RAM and its vCPU's state, its process is gone")
+
+    def resume(self) -> None:
+        """Have the new process go on with it."""
+        if self._stopped is None:
+            return
+        self._new.tell("resume")
+        resumed = Resumed(**self._new.hear("resumed"))
+        self._new.join()
+        self.moved = Moved(stopped=self._stopped, resumed=resumed)
+        self._say(f"the guest goes on in another process (pid {self._new.pid}) with {resumed.first}, and to {resumed.last}")
+
+
 def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> Seen:
     """Tell the story.
 
@@ -108,6 +157,7 @@ def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> 
     caller = stack.enter_context(Role("the accepted caller", "peer"))
     waiting = stack.enter_context(Role("the caller in the backlog", "peer"))
     looper = stack.enter_context(Role("the looping client", "looper", [runtime_dir]))
+    guest = _GuestStory(say, runtime_dir, stack)
     filled = old.hear("filled")
     say(f"old client (pid {old.pid}): {size // MIB} MiB of real data, sha256 {filled['sha256']:.16}…, in {filled['seconds']:.2f} s")
 
@@ -119,6 +169,7 @@ def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> 
     waiting_asked = waiting.hear("asked")["question"]
     say(f"two callers ask on 127.0.0.1:{port}, one is accepted, one waits in the backlog; nobody answers yet")
     say(f"device (pid {device.pid}) in mid-DMA into the client's memory, counter {old.hear('dma')['counter']}")
+    guest.begin()
 
     old.tell("finalize")
     finalized = old.hear("finalized")
@@ -128,6 +179,8 @@ def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> 
     alone = device.state(counter=counters[-1] + 1)
     counters.append(alone.counter)
     say(f"the old client is gone; device: counter {alone.counter}, resets {alone.resets}")
+
+    guest.stop()
 
     looper.tell("loop")
     looper.hear("looping")
@@ -142,6 +195,7 @@ def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> 
         f"pause {upgraded.pause_us / 1000:.2f} ms; device: counter {replaced.counter}, resets {replaced.resets}"
     )
 
+    guest.resume()
     new = stack.enter_context(Role("the new client", "client", ["after", runtime_dir]))
     retrieved = new.hear("retrieved")
     say(f"new client (pid {new.pid}) has {', '.join(retrieved['names'])}, in {retrieved['seconds'] * 1000:.2f} ms")
@@ -196,6 +250,8 @@ def tell(say: Say, runtime_dir: str, size: int, stack: contextlib.ExitStack) -> 
         resets_finish=finished.resets,
         resets_close=closed.resets,
         counter_close=closed.counter,
+        guest=guest.moved,
+        guest_left_out=guest.left_out,
         sessions_left=len(left),
         pause_s=upgraded.pause_us / 1e6,
         longest_s=looped["longest_s"],
@@ -215,8 +271,17 @@ def show(seen: Seen, seconds: float, *, as_json: bool) -> int:
     ok = all(check.ok for check in checks)
     times = measured(seen)
     if as_json:
-        document = {"ok": ok, "size": seen.size, "seconds": seconds, "measured": times, "checks": [attrs.asdict(check) for check in checks]}
-        write_json(document)
+        left_out = {"guest": seen.guest_left_out} if seen.guest is None else {}
+        write_json(
+            {
+                "ok": ok,
+                "size": seen.size,
+                "seconds": seconds,
+                "measured": times,
+                "checks": [attrs.asdict(check) for check in checks],
+                "left_out": left_out,
+            }
+        )
         return 0 if ok else 1
     rows = [[check.what, _cell(check.expected), _cell(check.seen), "ok" if check.ok else "DIFFERS"] for check in checks]
     print()
@@ -231,6 +296,13 @@ def show(seen: Seen, seconds: float, *, as_json: bool) -> int:
         f"To copy the {seen.size // MIB} MiB once would have taken {times['copy_s'] * 1000:.0f} ms, "
         f"{times['copy_to_pause']:.0f} times the pause; luod passed the memory itself."
     )
+    if seen.guest is None:
+        print(f"Left out, a guest in a virtual machine: {seen.guest_left_out}.")
+    else:
+        print(
+            f"The guest stood still for {times['guest_pause_s'] * 1000:.0f} ms, while luod was replaced; "
+            f"to make its machine again took {times['guest_rebuild_s'] * 1000:.2f} ms of that."
+        )
     print(f"{'Everything as it must be' if ok else 'NOT as it must be'}, in {seconds:.1f} s.")
     return 0 if ok else 1
 
