@@ -27,6 +27,7 @@ from luod.manifest import Manifest, ManifestFault, ManifestFromTheFuture
 from luod.session import Session
 from luod.store import Ended
 from luod.succession import ledger
+from luod.succession.fdstore import WITNESS
 from luod.succession.keeping import box_name
 from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
 from luod.system import Process
@@ -59,15 +60,20 @@ def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
     """Adopt what was stored: names and fds, which are owned and moved."""
     boxes: list[tuple[str, OwnedFd]] = []
     ledgers: dict[int, tuple[str, OwnedFd]] = {}
+    left_over: list[str] = []
     for name, fd in stored:
         generation = ledger.generation(name)
-        if generation is None:
+        if name == WITNESS:
+            # luod died in the middle of an operation.
+            fd.close()
+            left_over = [WITNESS]
+        elif generation is None:
             boxes.append((name, fd))
         elif generation in ledgers:
             fd.close()
         else:
             ledgers[generation] = (name, fd)
-    others = [name for name, _ in ledgers.values()]
+    others = left_over + [name for name, _ in ledgers.values()]
     newest = max(ledgers, default=0)
     # Also the newest, once there is a newer one; unless it is of a later version, which a later luod may need.
     leaving = list(others)

@@ -1,0 +1,178 @@
+"""What a store had, adopted: by what the boxes say, whatever their names and their order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import msgpack
+import pytest
+
+from luod import manifest
+from luod.handlers import recognize
+from luod.handlers.base import Probe
+from luod.manifest import Entry, Manifest
+from luod.store import Ended
+from luod.succession import ledger
+from luod.succession.adoption import Adopted, adopt
+from luod.succession.fdstore import WITNESS
+from luod.succession.keeping import box_name
+from luod.succession.ledger import Ending, Ledger, Record, Retrieval, Staying
+from luod.system import Process, System
+from luod_protocol import box
+from luod_protocol.fds import OwnedFd, close_all, duplicate
+from things import memfd
+
+BOOT = System().boot_id
+ID = {name: name.encode().ljust(16, b"-") for name in ("one", "two", "three")}
+
+
+def described(name: str, fd: int, *, session_id: bytes = b"", at: float = 1.0, boot_id: str = BOOT) -> Manifest:
+    probe = Probe(fd)
+    handler = recognize(probe)
+    entry = Entry(
+        name="ram",
+        kind=handler.kind,
+        compatible=handler.compatible,
+        metadata=b"",
+        needs=(),
+        identity=probe.identity,
+        facts=handler.record(probe),
+    )
+    return Manifest(
+        version=1,
+        session_id=session_id or ID[name],
+        session=name,
+        owner=1000,
+        metadata=b"about it",
+        boot_id=boot_id,
+        generation=3,
+        opened_at=0.5,
+        finalized_at=at,
+        entries=(entry,),
+    )
+
+
+@contextmanager
+def stored_box(name: str, *, session_id: bytes = b"", at: float = 1.0, boot_id: str = BOOT) -> Generator[tuple[str, OwnedFd]]:
+    with memfd(name.encode()) as fd:
+        description = described(name, fd.fileno(), session_id=session_id, at=at, boot_id=boot_id)
+        with box.seal(manifest.encode(description), [fd.fileno()]) as sealed:
+            yield box_name(description.session_id), sealed
+
+
+@contextmanager
+def stored_ledger(generation: int, records: Sequence[Record]) -> Generator[tuple[str, OwnedFd]]:
+    kept = Ledger(records)
+    try:
+        yield ledger.name(generation), kept.memfd
+    finally:
+        kept.close()
+
+
+@contextmanager
+def adopted(*stored: tuple[str, OwnedFd]) -> Generator[Adopted]:
+    """Adopt duplicates of what is stored, as a luod gets them."""
+    result = adopt([(name, duplicate(fd.fileno())) for name, fd in stored], BOOT)
+    try:
+        yield result
+    finally:
+        for session in result.sessions:
+            close_all(session.take_fds())
+
+
+def test_nothing() -> None:
+    with adopted() as result:
+        assert result == Adopted(generation=0, sessions=[], ended=[], others=[], leaving=[])
+
+
+def test_sessions_come_back_oldest_first_whatever_their_order() -> None:
+    with ExitStack() as stack:
+        boxes = [stack.enter_context(stored_box(name, at=at)) for name, at in (("three", 3.0), ("one", 1.0), ("two", 2.0))]
+        with adopted(*boxes) as result:
+            assert [session.name for session in result.sessions] == ["one", "two", "three"]
+            assert all(session.stored and session.state == "preserved" and session.owner == 1000 for session in result.sessions)
+            assert not result.others
+            sealed = result.sessions[0].sealed
+            assert sealed is not None
+            (fd,) = box.look(sealed.box.fileno())
+            with fd:
+                assert os.pread(fd.fileno(), 9, 0) == b"one"
+
+
+def test_the_newest_ledger_says_what_ended_and_who_has_retrieved() -> None:
+    gone = Ended(session_id=ID["one"], owner=1000, finished=True)
+    stayed = Ended(session_id=ID["two"], owner=1000, finished=True)
+    process = Process(pid=7, start=8)
+    records: list[Record] = [
+        Retrieval(session_id=ID["two"], process=process),
+        Retrieval(session_id=ID["one"], process=process),
+        Ending(ended=stayed),
+        Staying(session_id=ID["two"]),
+        Ending(ended=gone),
+    ]
+    with (
+        stored_ledger(4, records) as newest,
+        stored_ledger(3, [Ending(ended=stayed)]) as older,
+        stored_box("one") as one,
+        stored_box("two") as two,
+        adopted(two, older, one, newest) as result,
+    ):
+        assert result.generation == 4
+        assert [session.name for session in result.sessions] == ["two"]
+        assert result.sessions[0].retrieved_by == {process}
+        assert result.ended == [gone]
+        assert set(result.others) == {"luod-ledger-3", "luod-ledger-4", one[0]}
+        assert set(result.leaving) == set(result.others)
+
+
+def test_who_retrieved_before_another_boot_is_somebody_else_now() -> None:
+    records = [Retrieval(session_id=ID["one"], process=Process(pid=7, start=8))]
+    with stored_ledger(1, records) as kept, stored_box("one", boot_id="another") as one, adopted(kept, one) as result:
+        assert result.sessions[0].retrieved_by == set()
+
+
+def test_a_witness_is_of_an_operation_that_was_cut_off() -> None:
+    with memfd() as fd, adopted((WITNESS, fd)) as result:
+        assert result.others == result.leaving == [WITNESS]
+
+
+def test_what_can_not_be_used_stays_in_the_store(caplog: pytest.LogCaptureFixture) -> None:
+    with memfd(b"no box") as other, stored_box("one") as one, memfd(b"ram") as ram:
+        future = msgpack.packb({"type": "manifest", "version": 99, "new": "fields"})
+        with (
+            box.seal(future, [ram.fileno()]) as later,
+            box.seal(manifest.encode(described("two", ram.fileno())), [other.fileno()]) as wrong,
+            adopted(("luod-x", other), ("luod-later", later), (box_name(ID["two"]), wrong), one) as result,
+        ):
+            assert [session.name for session in result.sessions] == ["one"]
+            assert set(result.others) == {"luod-x", "luod-later", box_name(ID["two"])}
+            assert result.leaving == []
+    for words in ("luod-x in the service manager's store can't be used and stays there", "version 99", "is another object"):
+        assert words in caplog.text
+
+
+def test_a_session_that_is_there_twice_is_adopted_once(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        stored_box("one", at=1.0) as first,
+        stored_box("one", at=2.0) as same_id,
+        stored_box("one", session_id=b"another id......", at=3.0) as same_name,
+        stored_box("two", at=4.0) as misnamed,
+        adopted(same_name, same_id, ("luod-other", misnamed[1]), first) as result,
+    ):
+        (session,) = result.sessions
+        assert session.sealed is not None
+        assert session.sealed.manifest.finalized_at == 1.0
+        assert sorted(result.others) == sorted([same_id[0], same_name[0], "luod-other"])
+        assert result.leaving == []
+    assert caplog.text.count("stays there") == 3
+
+
+def test_a_ledger_that_can_not_be_read_stays_and_counts_for_the_generation(caplog: pytest.LogCaptureFixture) -> None:
+    with memfd(b"no ledger") as other, stored_ledger(1, []) as older, stored_box("one") as one:
+        with adopted(("luod-ledger-9", other), older, one) as result:
+            assert result.generation == 9
+            assert len(result.sessions) == 1
+            assert result.leaving == ["luod-ledger-1"]
+        assert "luod-ledger-9 in the service manager's store can't be used" in caplog.text

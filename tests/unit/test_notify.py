@@ -1,0 +1,55 @@
+"""Which manager this process has, and talking to it over its real socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from luod.notify import SUPERVISOR, SYSTEMD, Manager, ManagerInfo, of_this_process, started_by_systemd
+
+PID, PARENT = 100, 1
+SERVICE = {"NOTIFY_SOCKET": "/run/systemd/notify", "SYSTEMD_EXEC_PID": "100"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        (SERVICE, ManagerInfo(name=SYSTEMD, address="/run/systemd/notify")),
+        ({"NOTIFY_SOCKET": "@abstract", "LISTEN_PID": "100"}, ManagerInfo(name=SYSTEMD, address="@abstract")),
+        (
+            {**SERVICE, "WATCHDOG_PID": "100", "WATCHDOG_USEC": "3000000", "FDSTORE": "512"},
+            ManagerInfo(name=SYSTEMD, address="/run/systemd/notify", watchdog_us=3_000_000, store_limit=512),
+        ),
+        (
+            {"NOTIFY_SOCKET": "/n", "LUOD_SUPERVISOR": "1", "WATCHDOG_USEC": "9", "WATCHDOG_PID": "100"},
+            ManagerInfo(name=SUPERVISOR, address="/n", watchdog_us=9),
+        ),
+        ({**SERVICE, "WATCHDOG_USEC": "soon", "FDSTORE": "-1"}, ManagerInfo(name=SYSTEMD, address="/run/systemd/notify")),
+        # A shell inside some service, and whatever is started there, inherit that service's variables.
+        ({"NOTIFY_SOCKET": "/run/systemd/notify", "SYSTEMD_EXEC_PID": "99", "WATCHDOG_PID": "99"}, None),
+        ({"NOTIFY_SOCKET": "/run/systemd/notify"}, None),
+        ({"NOTIFY_SOCKET": "/n", "LUOD_SUPERVISOR": "2"}, None),
+        ({"NOTIFY_SOCKET": "vsock:2:1234", "SYSTEMD_EXEC_PID": "100"}, None),
+        ({"NOTIFY_SOCKET": "", "SYSTEMD_EXEC_PID": "100"}, None),
+    ],
+)
+def test_whose_manager_it_is(environ: dict[str, str], expected: ManagerInfo | None) -> None:
+    assert of_this_process(environ, PID, PARENT) == expected
+
+
+def test_a_unit_without_notify_was_started_by_systemd_all_the_same() -> None:
+    assert started_by_systemd({"SYSTEMD_EXEC_PID": "100"}, PID)
+    assert not started_by_systemd({"SYSTEMD_EXEC_PID": "1"}, PID)
+    assert not started_by_systemd({}, PID)
+
+
+async def test_an_abstract_address() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+        there.bind(b"\0luod-test-%d" % os.getpid())
+        here = Manager(ManagerInfo(name=SYSTEMD, address=f"@luod-test-{os.getpid()}"))
+        await here.tell("READY=1", "STATUS=well")
+        assert there.recv(100) == b"READY=1\nSTATUS=well"
+        here.close()
