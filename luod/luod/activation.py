@@ -13,6 +13,7 @@ Invariants: what was passed is owned and close-on-exec at once, and nobody that 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import MutableMapping
 from typing import Final
@@ -25,8 +26,8 @@ from luod_protocol.messages import Endpoint
 FIRST: Final = 3
 """SD_LISTEN_FDS_START."""
 
-STORED_PREFIX: Final = "luod-"
-"""Names of what luod puts into the store begin so."""
+STORED: Final = re.compile(r"b\d+|luod-.+")
+"""Names of what luod puts into the store: boxes (succession/keeping), and a few things of its own."""
 
 _ENDPOINTS: Final = {endpoint.value: endpoint for endpoint in Endpoint}
 
@@ -52,7 +53,7 @@ def take(environ: MutableMapping[str, str], pid: int) -> Passed:
     for fd in fds:
         os.set_inheritable(fd.fileno(), False)
     for fd, name in zip(fds, [*names.split(":"), *[""] * len(fds)], strict=False):
-        if name.startswith(STORED_PREFIX):
+        if STORED.fullmatch(name):
             passed.stored.append((name, fd))
         elif name in _ENDPOINTS and _ENDPOINTS[name] not in passed.listeners and _listens(fd):
             passed.listeners[_ENDPOINTS[name]] = socket.socket(fileno=fd.take())

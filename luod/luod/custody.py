@@ -64,28 +64,28 @@ class Outcome:
 class Storing:
     """A session that is to be in the service manager's store: its box is borrowed."""
 
-    session_id: bytes
     box: int
 
 
 @attrs.frozen(kw_only=True)
 class Forgetting:
-    """A session that is to be out of the service manager's store: it will end as `ended` says. Its box is borrowed."""
+    """A session that is to be out of the service manager's store, where its box (borrowed) is `stored`: it will end as `ended` says."""
 
     ended: Ended
     box: int
+    stored: str
 
 
 @attrs.frozen(kw_only=True)
 class Pending:
     """A verb whose checks are passed and that waits for the service manager. Nobody else can touch its session meanwhile.
 
-    `act(stored)` does it, told whether the manager holds the box, and may still raise a Refusal. When that happens, or the wait fails,
-    `undo()` leaves everything as it was.
+    `act(stored)` does it, told what the manager calls the box that it holds (empty: none), and may still raise a Refusal. When that
+    happens, or the wait fails, `undo()` leaves everything as it was.
     """
 
     waits_for: Storing | Forgetting
-    act: Callable[[bool], Outcome]
+    act: Callable[[str], Outcome]
     undo: Callable[[], None]
 
 
@@ -144,7 +144,7 @@ class Custody:
 
     def survived(self, session: Session) -> tuple[str, ...]:
         """What a finalized session survives."""
-        return self.outlook.survived(stored=session.stored)
+        return self.outlook.survived(stored=bool(session.stored))
 
     def count(self, state: SessionState) -> int:
         """How many sessions are in `state`."""

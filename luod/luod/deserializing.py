@@ -83,13 +83,12 @@ class Deserializing:
         if session.session_id != request.session_id:
             raise Refusal(Code.BAD_REQUEST, f"this connection has claimed session {session.name!r}, which has another id")
 
-        def act(_: bool) -> Outcome:
+        def act(_: str) -> Outcome:
             closing = self._custody.end(client, session, SessionEvent.FINISH, "finished")
             departure = Departure(session_id=session.session_id, owner=session.owner, finished=True)
             return Outcome(reply=m.Finished(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
 
-        ended = Ended(session_id=session.session_id, owner=session.owner, finished=True)
-        return Pending(waits_for=Forgetting(ended=ended, box=_sealed(session).box.fileno()), act=act, undo=_as_it_was)
+        return Pending(waits_for=_forgetting(session, finished=True), act=act, undo=_as_it_was)
 
     def _finished_again(self, client: Client, request: m.Finish) -> Outcome:
         ended = self._custody.store.ended(request.session_id)
@@ -106,7 +105,7 @@ class Deserializing:
         self._custody.refuse_unless_free(session, client, force=request.force)
         session.ending = True
 
-        def act(_: bool) -> Outcome:
+        def act(_: str) -> Outcome:
             closing = self._custody.end(client, session, SessionEvent.DISCARD, "discarded")
             departure = Departure(session_id=session.session_id, owner=session.owner, finished=False)
             return Outcome(reply=m.Discarded(seq=request.seq, session_id=session.session_id), changes=[departure], closing=closing)
@@ -114,8 +113,7 @@ class Deserializing:
         def undo() -> None:
             session.ending = False
 
-        ended = Ended(session_id=session.session_id, owner=session.owner, finished=False)
-        return Pending(waits_for=Forgetting(ended=ended, box=_sealed(session).box.fileno()), act=act, undo=undo)
+        return Pending(waits_for=_forgetting(session, finished=False), act=act, undo=undo)
 
     def list_sessions(self, client: Client, request: m.List, _: list[OwnedFd]) -> Outcome:
         owner = None if request.owner is None else self._custody.owner(client, request.owner)
@@ -133,6 +131,11 @@ class Deserializing:
                 entries=tuple(entry_info(entry) for entry in session.contents),
             )
         )
+
+
+def _forgetting(session: Session, *, finished: bool) -> Forgetting:
+    ended = Ended(session_id=session.session_id, owner=session.owner, finished=finished)
+    return Forgetting(ended=ended, box=_sealed(session).box.fileno(), stored=session.stored)
 
 
 def _as_it_was() -> None:

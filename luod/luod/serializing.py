@@ -196,7 +196,7 @@ class Serializing:
             # Never the last reference: the entries are still staged.
             sealing.box.close()
 
-        def act(stored: bool) -> Outcome:
+        def act(stored: str) -> Outcome:
             self._custody.outlook.demand(request.require)
             session.sealed = sealing
             session.stored = stored
@@ -209,7 +209,7 @@ class Serializing:
             self._custody.publish("finalized", session, f"{len(staged)} entries")
             return Outcome(reply=self._finalized(request, session), changes=[Sealing(session=session)])
 
-        return Pending(waits_for=Storing(session_id=session.session_id, box=sealing.box.fileno()), act=act, undo=undo)
+        return Pending(waits_for=Storing(box=sealing.box.fileno()), act=act, undo=undo)
 
     def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> list[str]:
         """Returns the names of what was sealed."""

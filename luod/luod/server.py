@@ -204,14 +204,14 @@ class Server:
         Raises:
             Refusal: the manager can't, or won't; nothing has changed.
         """
-        stored = False
+        stored = ""
         try:
             if self.keeper is not None:
                 match pending.waits_for:
-                    case Storing(session_id=session_id, box=box):
-                        stored = await self.keeper.keep(session_id, box)
-                    case Forgetting(ended=ended, box=box):
-                        await self.keeper.forget(ended, box)
+                    case Storing(box=box):
+                        stored = await self.keeper.keep(box)
+                    case Forgetting(ended=ended, box=box, stored=name):
+                        await self.keeper.forget(ended, box, name)
             return pending.act(stored)
         except BaseException:
             pending.undo()

@@ -57,8 +57,8 @@ class Session:
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
-    stored: bool = False
-    """Whether the service manager holds the box too."""
+    stored: str = ""
+    """What the service manager calls the box; empty when it doesn't hold it."""
     ending: bool = False
     """Whether it is being discarded: the service manager is letting go of it."""
 
@@ -67,7 +67,7 @@ class Session:
         self.state = step(self.state, event)
 
     @classmethod
-    def adopted(cls, manifest: Manifest, box: OwnedFd, retrieved_by: Iterable[Process], *, stored: bool) -> Session:
+    def adopted(cls, manifest: Manifest, box: OwnedFd, retrieved_by: Iterable[Process], *, stored: str) -> Session:
         """A preserved session, from what a succession brought."""
         return cls(
             session_id=manifest.session_id,

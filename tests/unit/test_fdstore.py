@@ -10,7 +10,7 @@ import trio.testing
 
 from luod import notify
 from luod.notify import ManagerFault
-from luod.succession.fdstore import WITNESS, FdStore, NotKept
+from luod.succession.fdstore import NAMES_BYTES, WITNESS, FdStore, NotKept
 from standin_manager import standin_manager
 from things import memfd, same_file
 
@@ -144,3 +144,16 @@ async def test_a_manager_that_is_gone() -> None:
     with memfd() as fd, pytest.raises(ManagerFault):
         await FdStore(here, ()).put("luod-1", fd.fileno())
     here.close()
+
+
+async def test_more_names_than_the_next_luod_can_be_passed_are_refused() -> None:
+    async with standin_manager() as (there, here):
+        store = FdStore(here, [f"b{number}" for number in range(18_000)])
+        with memfd() as fd:
+            await store.put("b" * (NAMES_BYTES - sum(len(name) + 1 for name in store.names) - 1), fd.fileno())
+            before = len(there.told)
+            with pytest.raises(NotKept, match=r"luod has 18001 fds .* whose names fill what can be passed on"):
+                await store.put("b", fd.fileno())
+            await store.remove("b17")
+            await store.put("b17", fd.fileno())
+        assert len(there.told) > before

@@ -15,7 +15,7 @@ from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession import ledger
 from luod.succession.adoption import adopt
-from luod.succession.keeping import Keeper, box_name
+from luod.succession.keeping import Keeper
 from luod.succession.ledger import LedgerFault
 from luod.survival import Survives
 from luod.system import Process
@@ -57,13 +57,13 @@ async def test_kept_retrieved_and_forgotten() -> None:
     async with keeping() as (there, keeper, _):
         assert keeper.fault == ""
         assert there.names == ["luod-ledger-5"]
-        with stored_box("one") as (name, box):
-            assert await keeper.keep(ID["one"], box.fileno())
-            assert name in there.names
+        with stored_box("one") as (_, box):
+            assert await keeper.keep(box.fileno()) == "b0"
+            assert "b0" in there.names
             keeper.note_retrieval(ID["one"], process)
             assert next_luod(there) == (["one"], [], {"one": {process}})
-            await keeper.forget(ended("one"), box.fileno())
-        assert name not in there.names
+            await keeper.forget(ended("one"), box.fileno(), "b0")
+        assert "b0" not in there.names
         assert next_luod(there) == ([], [ended("one")], {})
         assert keeper.others == ("luod-ledger-5",)
 
@@ -76,50 +76,50 @@ async def test_a_unit_without_a_store_is_found_out_at_the_start(caplog: pytest.L
         assert "FileDescriptorStoreMax=" in reasons[Survives.DAEMON_CRASH]
         assert reasons[Survives.DAEMON_UPGRADE] == ""
         with stored_box("one") as (_, box):
-            assert not await keeper.keep(ID["one"], box.fileno())
-            await keeper.forget(ended("one"), box.fileno())
+            assert await keeper.keep(box.fileno()) == ""
+            await keeper.forget(ended("one"), box.fileno(), "")
         assert there.names == []
 
 
 async def test_a_full_store_refuses_and_one_with_room_again_does_not() -> None:
     async with keeping(limit=3) as (there, keeper, _):
         with stored_box("one") as (_, one), stored_box("two") as (_, two):
-            assert await keeper.keep(ID["one"], one.fileno())
+            assert await keeper.keep(one.fileno())
             with pytest.raises(Refusal, match=r"it is full.*still open\. Finish or discard") as caught:
-                await keeper.keep(ID["two"], two.fileno())
+                await keeper.keep(two.fileno())
             assert caught.value.code is Code.LIMIT_REACHED
-            await keeper.forget(ended("one"), one.fileno())
-            assert await keeper.keep(ID["two"], two.fileno())
+            await keeper.forget(ended("one"), one.fileno(), "b0")
+            assert await keeper.keep(two.fileno())
         assert next_luod(there)[0] == ["two"]
 
 
 async def test_a_manager_that_does_not_answer_keeps_what_was_there(autojump_clock: trio.testing.MockClock) -> None:
     async with keeping() as (there, keeper, _):
         with stored_box("one") as (_, one), stored_box("two") as (_, two):
-            assert await keeper.keep(ID["one"], one.fileno())
+            assert await keeper.keep(one.fileno())
             there.goes_on = trio.Event()
             with pytest.raises(Refusal, match="the session is as it was") as caught:
-                await keeper.forget(ended("one"), one.fileno())
+                await keeper.forget(ended("one"), one.fileno(), "b0")
             assert caught.value.code is Code.SYSTEM_ERROR
             with pytest.raises(Refusal, match="still open, try again"):
-                await keeper.keep(ID["two"], two.fileno())
+                await keeper.keep(two.fileno())
             there.goes_on.set()
             await keeper.manager.barrier()
             assert next_luod(there) == (["one"], [], {"one": set()})
-            await keeper.forget(ended("one"), one.fileno())
+            await keeper.forget(ended("one"), one.fileno(), "b0")
         assert next_luod(there) == ([], [ended("one")], {})
 
 
 async def test_a_luod_that_dies_while_the_manager_forgets_has_ended_it(autojump_clock: trio.testing.MockClock) -> None:
     """The ledger is written first: the client was told nothing, and asks again by id."""
     async with keeping() as (there, keeper, _):
-        with stored_box("one") as (name, one):
-            assert await keeper.keep(ID["one"], one.fileno())
+        with stored_box("one") as (_, one):
+            assert await keeper.keep(one.fileno()) == "b0"
             there.goes_on = trio.Event()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(keeper.forget, ended("one"), one.fileno())
+                nursery.start_soon(keeper.forget, ended("one"), one.fileno(), "b0")
                 await trio.testing.wait_all_tasks_blocked()
-                assert name in there.names
+                assert "b0" in there.names
                 assert next_luod(there)[:2] == ([], [ended("one")])
                 nursery.cancel_scope.cancel()
 
@@ -128,10 +128,10 @@ async def test_the_next_generation_begins_a_ledger_with_what_still_matters() -> 
     process = Process(pid=7, start=8)
     async with keeping() as (there, keeper, store):
         with stored_box("one") as (_, one), stored_box("two") as (_, two):
-            await keeper.keep(ID["one"], one.fileno())
-            await keeper.keep(ID["two"], two.fileno())
+            await keeper.keep(one.fileno())
+            await keeper.keep(two.fileno())
             keeper.note_retrieval(ID["one"], process)
-            await keeper.forget(ended("two"), two.fileno())
+            await keeper.forget(ended("two"), two.fileno(), "b1")
             found = adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT)
             for session in found.sessions:
                 store.add(session)
@@ -139,7 +139,7 @@ async def test_the_next_generation_begins_a_ledger_with_what_still_matters() -> 
                 store.remember(each)
             following = Keeper(manager=Manager(there.info), generation=6, store=store)
             await following.begin(others=found.others, leaving=found.leaving)
-            assert sorted(there.names) == sorted([box_name(ID["one"]), "luod-ledger-6"])
+            assert sorted(there.names) == sorted(["b0", "luod-ledger-6"])
             assert next_luod(there) == (["one"], [ended("two")], {"one": {process}})
             for session in store:
                 close_all(session.take_fds())
@@ -152,11 +152,11 @@ async def test_what_was_finalized_without_a_store_is_stored_when_there_is_one() 
         with stored_box("one") as (name, box):
             found = adopt([(name, duplicate(box.fileno()))], BOOT)
             (session,) = found.sessions
-            session.stored = False
+            session.stored = ""
             store.add(session)
             keeper = Keeper(manager=Manager(there.info), generation=2, store=store)
             await keeper.begin(others=(), leaving=())
-            assert session.stored
+            assert session.stored == "b0"
             assert next_luod(there)[0] == ["one"]
             close_all(session.take_fds())
             keeper.close()
@@ -168,7 +168,7 @@ async def test_a_long_ledger_is_begun_anew_and_forgets_nothing(monkeypatch: pyte
         with stored_box("one") as (name, box):
             session: Session
             (session,) = adopt([(name, duplicate(box.fileno()))], BOOT).sessions
-            await keeper.keep(ID["one"], box.fileno())
+            await keeper.keep(box.fileno())
             store.add(session)
             for number in range(500):
                 process = Process(pid=number % 7 + 1, start=1)
@@ -187,11 +187,26 @@ async def test_a_ledger_that_can_not_be_written_refuses(monkeypatch: pytest.Monk
             raise LedgerFault("luod's ledger can't be written: No space left on device; try again")
 
         with stored_box("one") as (_, box):
-            await keeper.keep(ID["one"], box.fileno())
+            await keeper.keep(box.fileno())
             with monkeypatch.context() as patch:
                 patch.setattr(ledger.Ledger, "write", full)
                 with pytest.raises(Refusal, match="try again"):
-                    await keeper.forget(ended("one"), box.fileno())
+                    await keeper.forget(ended("one"), box.fileno(), "b0")
                 with pytest.raises(Refusal, match="try again"):
                     keeper.note_retrieval(ID["one"], Process(pid=1, start=1))
             assert next_luod(there)[0] == ["one"]
+
+
+async def test_names_are_short_and_used_again() -> None:
+    """All names of a store must fit one environment variable of the next luod."""
+    async with keeping() as (there, keeper, _):
+        with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
+            assert [await keeper.keep(each.fileno()) for each in (one, two)] == ["b0", "b1"]
+            await keeper.forget(ended("one"), one.fileno(), "b0")
+            assert await keeper.keep(three.fileno()) == "b0"
+            assert next_luod(there)[0] == ["two", "three"]
+        following = Keeper(manager=Manager(there.info), generation=6, store=Store())
+        await following.begin(others=["b4", *there.names], leaving=())
+        with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
+            assert [await following.keep(each.fileno()) for each in (one, two, three)] == ["b2", "b3", "b5"]
+        following.close()

@@ -78,7 +78,7 @@ def boxed(name: str, *, another: bool = False) -> Generator[tuple[Handover, Owne
             entries=(entry,),
         )
         with box.seal(manifest.encode(description), [(other if another else described).fileno()]) as sealed:
-            yield Box(session_id=description.session_id, retrieved_by=(), stored=False), sealed
+            yield Box(session_id=description.session_id, retrieved_by=(), stored=""), sealed
 
 
 @contextmanager

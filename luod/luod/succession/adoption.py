@@ -28,7 +28,6 @@ from luod.session import Session
 from luod.store import Ended
 from luod.succession import ledger
 from luod.succession.fdstore import WITNESS
-from luod.succession.keeping import box_name
 from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
 from luod.system import Process
 from luod_protocol.box import BoxFault
@@ -99,10 +98,10 @@ def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
     taken: set[bytes | tuple[int, str]] = set()
     for manifest, name, fd in sorted(found, key=lambda each: each[0].finalized_at):
         session_id, owned_name = manifest.session_id, (manifest.owner, manifest.session)
-        if name == box_name(session_id) and not taken & {session_id, owned_name} and session_id not in ended:
+        if not taken & {session_id, owned_name} and session_id not in ended:
             # Processes are of one boot: after another one their numbers mean somebody else.
             processes = retrieved.get(session_id, set()) if manifest.boot_id == boot_id else set[Process]()
-            adopted.sessions.append(Session.adopted(manifest, fd, processes, stored=True))
+            adopted.sessions.append(Session.adopted(manifest, fd, processes, stored=name))
             taken |= {session_id, owned_name}
             continue
         fd.close()

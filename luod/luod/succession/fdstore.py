@@ -10,7 +10,8 @@ Happy path: `put(name, fd)` returns when the manager holds the fd; `remove(name)
 
 Unhappy paths:
 1. The store is full, or its unit has none (FileDescriptorStoreMax=0, the default), or the manager doesn't take this process for the
-   service's main process: `NotKept`, and what may have been kept is removed again.
+   service's main process: `NotKept`, and what may have been kept is removed again. So it is when no more names fit: the next luod gets all
+   of them in one variable, and the kernel lets none be longer than 32 pages (execve(2)).
 2. The manager doesn't answer: `ManagerFault`; what was sent is undone behind it, for it may take both later.
 
 Invariants: one operation at a time, so that the witness speaks for one fd. A name is put once. Names hold no `:`, which systemd drops.
@@ -33,6 +34,10 @@ SPARE: Final = 1
 """Places that an operation needs besides its own: the witness's."""
 
 
+NAMES_BYTES: Final = 120 * 1024
+"""What all names may take in $LISTEN_FDNAMES, which ends at 128 KiB."""
+
+
 class NotKept(LuodError):
     """The manager did not keep a fd."""
 
@@ -48,6 +53,7 @@ class FdStore:
     def __init__(self, manager: Manager, names: Collection[str]) -> None:
         self._manager: Final = manager
         self._names = set(names)
+        self._bytes = sum(map(_weight, self._names))
         self._turn = trio.Lock()
 
     @property
@@ -71,13 +77,22 @@ class FdStore:
             limit = self._manager.info.store_limit
             if limit and self.count + 1 + SPARE > limit:
                 raise NotKept(f"the store of {self._manager.info.name} has room for {limit} fds and luod has {self.count} there")
+            if self._bytes + _weight(name) > NAMES_BYTES:
+                raise NotKept(
+                    f"luod has {self.count} fds in the store of {self._manager.info.name}, whose names fill what can be passed on"
+                )
             kept = False
             try:
                 kept = await self._put(name, fd)
             finally:
                 if not kept:
                     await self._undo(f"FDNAME={name}")
+            self._note(name)
+
+    def _note(self, name: str) -> None:
+        if name not in self._names:
             self._names.add(name)
+            self._bytes += _weight(name)
 
     async def _put(self, name: str, fd: int) -> bool:
         ours, theirs = own(os.pipe2(os.O_CLOEXEC))
@@ -113,11 +128,17 @@ class FdStore:
         async with self._turn:
             await self._manager.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
             await self._manager.barrier()
-            self._names.discard(name)
+            if name in self._names:
+                self._names.discard(name)
+                self._bytes -= _weight(name)
 
     async def restore(self, name: str, fd: int) -> None:
         """After a `remove` that failed: have the manager hold `fd` again, behind the removal that it may not have taken yet."""
         async with self._turn:
             with trio.CancelScope(shield=True):
                 await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
-                self._names.add(name)
+                self._note(name)
+
+
+def _weight(name: str) -> int:
+    return len(name) + 1

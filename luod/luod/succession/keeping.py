@@ -17,8 +17,10 @@ Invariants: a session for which `finalized` was answered with `daemon-crash` is 
 
 from __future__ import annotations
 
+import heapq
 import logging
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import trio
@@ -33,12 +35,32 @@ from luod.survival import Outlook
 from luod.system import Process
 from luod_protocol.errors import Code, Refusal
 
+SPARE_NAMES: Final = 1024
+"""How far below the highest number free ones are looked for; there can be many."""
+
 log = logging.getLogger("luod")
 
+_BOX: Final = re.compile(r"b(\d{1,18})")
 
-def box_name(session_id: bytes) -> str:
-    """What the manager calls a session's box."""
-    return f"luod-{session_id.hex()}"
+
+class _Names:
+    """Names for boxes. They say nothing and are short, because all of them must fit one variable (`fdstore`): the box itself says what it
+    is. The lowest number that is free is taken."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        numbers = {int(found[1]) for name in taken if (found := _BOX.fullmatch(name))}
+        self._next = max(numbers, default=-1) + 1
+        self._free = [number for number in range(min(self._next, len(numbers) + SPARE_NAMES)) if number not in numbers]
+        heapq.heapify(self._free)
+
+    def take(self) -> str:
+        if self._free:
+            return f"b{heapq.heappop(self._free)}"
+        self._next += 1
+        return f"b{self._next - 1}"
+
+    def give_back(self, name: str) -> None:
+        heapq.heappush(self._free, int(name[1:]))
 
 
 class Keeper:
@@ -61,6 +83,7 @@ class Keeper:
         self._generation: Final = generation
         self._sessions: Final = store
         self._fds = FdStore(manager, ())
+        self._names = _Names(())
         self._others: set[str] = set()
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
@@ -88,7 +111,8 @@ class Keeper:
             others: what is in the manager's store and is no session's box, by name.
             leaving: those of them that are to be removed, when the new ledger is there.
         """
-        stored = {box_name(session.session_id) for session in self._sessions if session.stored}
+        stored = {session.stored for session in self._sessions if session.stored}
+        self._names = _Names(stored.union(others))
         self._fds = FdStore(self.manager, stored.union(others))
         self._others = set(others)
         try:
@@ -98,8 +122,7 @@ class Keeper:
                 self._others.discard(name)
             for session in self._sessions:
                 if session.sealed is not None and not session.stored:
-                    await self._fds.put(box_name(session.session_id), session.sealed.box.fileno())
-                    session.stored = True
+                    session.stored = await self._put(session.sealed.box.fileno())
         except (NotKept, ManagerFault, LedgerFault) as error:
             if not stored:
                 self.fault = str(error)
@@ -119,29 +142,41 @@ class Keeper:
         for session in self._sessions:
             yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
 
-    async def keep(self, session_id: bytes, box: int) -> bool:
+    async def _put(self, box: int) -> str:
+        name = self._names.take()
+        try:
+            await self._fds.put(name, box)
+        except BaseException:
+            self._names.give_back(name)
+            raise
+        return name
+
+    async def keep(self, box: int) -> str:
         """Have the manager keep a borrowed box. Cancelled: it may or may not.
 
         Returns:
-            Whether it does; False only where the unit has no store.
+            What it is called there; empty only where the unit has no store.
 
         Raises:
             Refusal: unhappy paths 2 and 3.
         """
         await self.ready.wait()
         if self.fault:
-            return False
+            return ""
         try:
-            await self._fds.put(box_name(session_id), box)
+            return await self._put(box)
         except NotKept as error:
             why = f"the session can't be kept over a crash: {error}; it is still open. Finish or discard sessions, or raise the limit"
             raise Refusal(Code.LIMIT_REACHED, why) from None
         except ManagerFault as error:
             raise Refusal(Code.SYSTEM_ERROR, f"the session can't be kept over a crash: {error}; it is still open, try again") from None
-        return True
 
-    async def forget(self, ended: Ended, box: int) -> None:
-        """Have the manager let go of a session that is about to end; its box is borrowed. Cancelled: the next luod ends it.
+    async def forget(self, ended: Ended, box: int, stored: str) -> None:
+        """Have the manager let go of a session that is about to end. Cancelled: the next luod ends it.
+
+        Args:
+            box: borrowed.
+            stored: what it is called in the manager's store; empty when it isn't there.
 
         The caller ends the session as soon as this has returned, without a checkpoint in between.
 
@@ -152,18 +187,19 @@ class Keeper:
         self._leaving[ended.session_id] = ended
         try:
             self._write(Ending(ended=ended))
-            if box_name(ended.session_id) in self._fds.names:
-                await self._fds.remove(box_name(ended.session_id))
+            if stored:
+                await self._fds.remove(stored)
+                self._names.give_back(stored)
         except ManagerFault as error:
-            await self._stay(ended.session_id, box)
+            await self._stay(ended.session_id, box, stored)
             raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
         finally:
             del self._leaving[ended.session_id]
 
-    async def _stay(self, session_id: bytes, box: int) -> None:
+    async def _stay(self, session_id: bytes, box: int, stored: str) -> None:
         try:
             self._write(Staying(session_id=session_id))
-            await self._fds.restore(box_name(session_id), box)
+            await self._fds.restore(stored, box)
         except (Refusal, ManagerFault) as error:
             log.error("session %s may not survive a crash of luod any more: %s", session_id.hex(), error)
 

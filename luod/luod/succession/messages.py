@@ -58,12 +58,12 @@ class Declined:
 
 @attrs.frozen(kw_only=True)
 class Box:
-    """Old to new: a preserved session, and whether the service manager holds it. fds: its box."""
+    """Old to new: a preserved session, and what the service manager calls it, if it holds it. fds: its box."""
 
     type: ClassVar[str] = "box"
     session_id: bytes
     retrieved_by: tuple[Process, ...]
-    stored: bool
+    stored: str
 
 
 @attrs.frozen(kw_only=True)
