@@ -238,17 +238,18 @@ class _Start:
         server.start()
         gc.collect()
         gc.freeze()
-        await server.tell_manager("READY=1")
         return server
 
     async def succeed(self, handover: socket.socket) -> Server:
         """Serve as the successor of the luod at the other end of `handover`."""
+        own_manager = notify.of_this_process(os.environ, self.system.pid, os.getppid())
+        activation.close(activation.take(os.environ, self.system.pid))
         servers: list[Server] = []
 
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
             listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
-            generation = offer.generation + 1
-            server = self._server(offer.directory, lock, listeners, generation=generation, manager=offer.manager, frozen=True)
+            generation, manager = offer.generation + 1, offer.manager or own_manager
+            server = self._server(offer.directory, lock, listeners, generation=generation, manager=manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
             servers.append(server)

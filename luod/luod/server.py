@@ -302,6 +302,7 @@ class Server:
         # A successor is listened to when its predecessor is gone.
         await keeper.ready.wait()
         watchdog_s = keeper.manager.info.watchdog_us / 1e6
+        await self.tell_manager("READY=1")
         while True:
             preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
             state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"

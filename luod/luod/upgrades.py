@@ -24,7 +24,7 @@ import trio
 from luod.changes import Change
 from luod.config import HandoverTable
 from luod.connection import Connection
-from luod.notify import started_by_systemd
+from luod.notify import SYSTEMD, started_by_systemd
 from luod.succession.channel import Channel
 from luod.succession.old import HandoverFailed, OldSide
 from luod.succession.old import Host as HandingOver
@@ -41,9 +41,6 @@ log = logging.getLogger("luod")
 
 class Host(HandingOver, Protocol):
     """What upgrades need of the server."""
-
-    @property
-    def managed(self) -> bool: ...
 
     def waiting_for_upgrade(self) -> Iterable[Connection]: ...
 
@@ -98,10 +95,11 @@ class Upgrades:
                 Code.NOT_PERMITTED,
                 f"a successor runs as uid {system.uid} like this luod, not as uid {asking.uid}: start it so",
             )
-        if self._host.managed and system.cgroup(asking.process.pid) != system.cgroup(system.pid):
+        manager = self._host.manager
+        if manager is not None and (manager.name != SYSTEMD or system.cgroup(asking.process.pid) != system.cgroup(system.pid)):
             raise Refusal(
                 Code.NOT_PERMITTED,
-                "this luod is a service, and its manager would not accept a process from outside of the service's cgroup in its place: "
+                f"this luod is a service, and {manager.name} would not accept a process from outside in its place: "
                 "use `systemctl reload luod` or `luoctl upgrade`",
             )
         successor = peer_pidfd(connection.raw, asking.process.pid)
@@ -118,7 +116,7 @@ class Upgrades:
                 Code.UPGRADE_FAILED,
                 "this luod is process 1 of its container, with which everything ends: it can't be replaced; run `luod --supervised` there",
             )
-        if not self._host.managed and started_by_systemd(os.environ, pid):
+        if self._host.manager is None and started_by_systemd(os.environ, pid):
             raise Refusal(
                 Code.UPGRADE_FAILED,
                 "systemd started this luod and would end the unit with it: its unit needs Type=notify and NotifyAccess=main, as "
