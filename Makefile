@@ -12,7 +12,10 @@ CFLAGS ?= -O2 -g
 WARNINGS := -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Werror
 CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 
-.PHONY: test demo bench lint clean $(CHECKS)
+PREFIX ?= /usr
+ETC := $(DESTDIR)/etc
+
+.PHONY: test demo bench lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -40,6 +43,15 @@ check-pyright: $(READY)-lint
 
 check-imports: $(READY)-lint
 	$(BIN)/lint-imports --no-logo
+
+install-systemd:  ## what is in systemd/, for a luod in PREFIX/bin; below DESTDIR
+	@install -d $(ETC)/systemd/system $(ETC)/sysusers.d $(ETC)/tmpfiles.d $(ETC)/udev/rules.d $(ETC)/luod
+	@install -m 644 systemd/luod-*.socket systemd/luod.service $(ETC)/systemd/system/
+	@sed -i 's|^\(Exec[A-Za-z]*=\)/usr/|\1$(PREFIX)/|' $(ETC)/systemd/system/luod.service
+	@install -m 644 systemd/luod-sysusers.conf $(ETC)/sysusers.d/luod.conf
+	@install -m 644 systemd/luod-tmpfiles.conf $(ETC)/tmpfiles.d/luod.conf
+	@install -m 644 systemd/60-luod.rules $(ETC)/udev/rules.d/
+	@[ -e $(ETC)/luod/luod.toml ] || install -m 644 systemd/luod.toml $(ETC)/luod/
 
 clean:
 	@rm -rf $(VENV) benchmarks/build build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
