@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from luod_protocol.fds import OwnedFd
-from processes import LIMIT_S, PYTHON, Talk, folder_for, readable, start, until
+from processes import LIMIT_S, PYTHON, Talk, User, folder_for, readable, start, until
 
 STANDIN: Final = Path(__file__).parent / "standins" / "notifying.py"
 _TROUBLE: Final = re.compile(r"Traceback|Warning|Exception ignored|Fatal Python error|a bug")
@@ -75,6 +75,7 @@ class Supervised:
         pass_fds: borrowed; it inherits them.
         program: what it supervises instead.
         stderr: borrowed; its stderr, which is then not looked at.
+        user: as whom it runs; None: as the test does.
     """
 
     def __init__(
@@ -84,23 +85,32 @@ class Supervised:
         pass_fds: Sequence[int] = (),
         program: Sequence[str] = (),
         stderr: int | None = None,
+        user: User | None = None,
     ) -> None:
-        self._folder = folder_for()
+        self._folder = folder_for(user)
         self.folder = self._folder.__enter__()
         self._settings = ("back_off_s=0.01", "longest_back_off_s=0.02", *settings)
         self._prefix = prefix
         self._pass_fds = pass_fds
         self._stderr = stderr
+        self._user = user
         self._program = program or (sys.executable, "-I", "-S", str(STANDIN), f"{self.folder}/talk")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(f"{self.folder}/talk")
+        os.chmod(f"{self.folder}/talk", 0o666)
         self._listener.listen()
         self._standins: list[Standin] = []
 
     def __enter__(self) -> Self:
         command = [*self._prefix, *PYTHON, "-m", "luod.supervisor", *self._settings, "--", *self._program]
         with open(f"{self.folder}/stderr", "wb") as stderr:
-            self.popen = start(command, stdout=subprocess.DEVNULL, stderr=stderr.fileno() if self._stderr is None else self._stderr, pass_fds=self._pass_fds)
+            self.popen = start(
+                command,
+                self._user,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr.fileno() if self._stderr is None else self._stderr,
+                pass_fds=self._pass_fds,
+            )
         return self
 
     @property

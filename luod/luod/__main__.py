@@ -68,9 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
     parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
-    parser.add_argument("--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes")
     parser.add_argument(
-        "--watchdog", metavar="SECONDS", type=float, help="with --supervised: restart a luod that is silent for so long (default: 30; 0: never)"
+        "--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes"
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=float,
+        help="with --supervised: restart a luod that is silent for so long (default: 30; 0: never)",
     )
     parser.add_argument("--succeed-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"luod {RELEASE}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from luod_protocol.fds import OwnedFd
-from processes import ALICE, Talk, readable, spawn_client
+from processes import ALICE, Talk, readable, spawn_client, until
 from supervising import Standin, Supervised, ends
 
 
@@ -106,7 +106,9 @@ def test_a_stored_descriptor_that_hangs_up_is_dropped_unless_told_otherwise() ->
     with Supervised() as supervised:
         standin = supervised.standin().ready()
         before = supervised.open_fds()
-        ends_of_pipes = [standin.do("store_pipe", fields) for fields in ("FDNAME=polled", "FDNAME=kept\nFDPOLL=0", "FDNAME=alive\nFDPOLL=1")]
+        ends_of_pipes = [
+            standin.do("store_pipe", fields) for fields in ("FDNAME=polled", "FDNAME=kept\nFDPOLL=0", "FDNAME=alive\nFDPOLL=1")
+        ]
         assert standin.do("barrier")
         assert supervised.open_fds() == before + 3
         for fd in ends_of_pipes[:2]:
@@ -133,6 +135,7 @@ def test_many_are_placed_whatever_their_numbers() -> None:
         assert sorted(found) == sorted((name, name.encode()) for name in [*gone, *kept])
 
 
+@pytest.mark.slow
 def test_names_that_would_not_fit_the_environment_are_not_stored() -> None:
     names = [f"{number:03}{'x' * 252}" for number in range(520)]
     with Supervised() as supervised:
@@ -147,7 +150,17 @@ def test_messages_that_mean_nothing_leave_nothing_open() -> None:
     with Supervised() as supervised:
         standin = supervised.standin().ready()
         before = supervised.open_fds()
-        for text in (b"\xff\xfe", b"", b"FDSTORE", b"FDSTORE=2", b"FDSTORE=1\0FDNAME=a", b"X=1", b"=1", b"RELOADING=1", b"FDSTORE=1" + b"\n" * 5000):
+        for text in (
+            b"\xff\xfe",
+            b"",
+            b"FDSTORE",
+            b"FDSTORE=2",
+            b"FDSTORE=1\0FDNAME=a",
+            b"X=1",
+            b"=1",
+            b"RELOADING=1",
+            b"FDSTORE=1" + b"\n" * 5000,
+        ):
             if text:
                 assert standin.do("barrier", text, 3), text
         for fields, number in (("BARRIER=1\nFDSTORE=1", 1), ("BARRIER=1", 2), ("FDSTOREREMOVE=1\nFDNAME=nothing", 253), ("READY=1", 1)):
@@ -168,6 +181,25 @@ def test_a_supervisor_at_its_limit_of_files_loses_nothing() -> None:
         subprocess.run(["prlimit", f"--pid={supervised.popen.pid}", "--nofile=1000:"], check=True)
         standin.do("store_many", ["c"])
         assert crash(supervised, standin).do("stored") == [("c", b"c"), ("b", b"b"), ("a", b"a")]
+
+
+def test_a_close_that_hangs_stops_nothing() -> None:
+    with Supervised() as supervised, socket.create_server(("127.0.0.1", 0)) as server:
+        standin = supervised.standin().ready()
+        standin.do("store_lingering", "slow", server.getsockname()[1])
+        standin.do("store", "guest", b"memory")
+        connection = server.accept()[0]
+        with connection:
+            standin.do("notify", "FDSTOREREMOVE=1\nFDNAME=slow")
+            assert standin.do("barrier")
+            tasks = f"/proc/{supervised.popen.pid}/task"
+            assert len(os.listdir(tasks)) == 2  # one of them waits until somebody reads
+            again = crash(supervised, standin)
+            assert again.do("stored") == [("guest", b"memory")]
+            assert len(os.listdir(tasks)) == 2
+            while connection.recv(1 << 20):
+                pass
+        until(lambda: len(os.listdir(tasks)) == 1, "the close hangs still")
 
 
 # -------------------------------------------------------------------------------------------------------- what a daemon is given
@@ -226,6 +258,14 @@ def _send(talk: Talk, address: str) -> None:
             talk.tell(error.strerror)
         else:
             talk.tell("sent")
+
+
+@pytest.mark.root
+def test_an_ordinary_user_can_run_it() -> None:
+    with Supervised(user=ALICE) as supervised:
+        standin = supervised.standin().ready()
+        standin.do("store", "guest", b"memory")
+        assert crash(supervised, standin).do("stored") == [("guest", b"memory")]
 
 
 # ---------------------------------------------------------------------------------------------------------------- who is heard
@@ -555,6 +595,7 @@ def test_a_stderr_that_nobody_reads_does_not_stop_it() -> None:
         assert crash(supervised, standin).do("stored") == [("guest", b"memory")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_random_crashes_lose_nothing_and_bring_nothing_back(seed: int) -> None:
     chance = random.Random(seed)
@@ -569,7 +610,8 @@ def test_random_crashes_lose_nothing_and_bring_nothing_back(seed: int) -> None:
                 what, name = standin.hear()
                 if what == "done":
                     certain ^= {name}
-                    uncertain, doing = set(), ""
+                    uncertain.clear()
+                    doing = ""
                 else:
                     uncertain, doing = {name}, what
             os.kill(standin.pid, signal.SIGKILL)

@@ -2,8 +2,8 @@
 
     notifying.py PATH [ARGUMENT...]
 
-It connects to the socket PATH, says who it is, and then takes orders: lines of Python literals, (NAME, ARGUMENT...), each answered by one line. Nothing
-is imported from luod: it stands for any program that does as sd_notify(3) says.
+It connects to the socket PATH, says who it is, and then takes orders: lines of Python literals, (NAME, ARGUMENT...), each answered by one
+line. Nothing is imported from luod: it stands for any program that does as sd_notify(3) says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import random
 import select
 import signal
 import socket
+import struct
 import sys
+from contextlib import suppress
 from typing import Any, Final
 
 SCRIPT: Final = os.path.abspath(__file__)
@@ -71,6 +73,18 @@ def store_pipe(fields: str) -> int:
     return write
 
 
+def store_lingering(name: str, port: int) -> None:
+    """Store a TCP connection whose last close waits, SO_LINGER of socket(7), for a peer that doesn't read."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
+        sock.setblocking(False)
+        try:
+            while True:
+                sock.send(bytes(1 << 20))
+        except BlockingIOError:
+            notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", [sock.fileno()])
+
+
 def close(fd: int) -> None:
     """Close one."""
     os.close(fd)
@@ -101,10 +115,8 @@ def fds() -> dict[int, str]:
     """What is open, but for the connection to the test."""
     found: dict[int, str] = {}
     for name in os.listdir("/proc/self/fd"):
-        try:
+        with suppress(FileNotFoundError):  # the listing's own
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:
-            pass
     return {fd: link for fd, link in found.items() if fd != _talk.fileno()}
 
 
@@ -120,7 +132,7 @@ def another() -> int:
 
 
 def stranger() -> int:
-    """Start one that is below nobody here but has the same parent as we, once its own is dead: an orphan, with nothing of ours in its environment."""
+    """Start one whose parent is dead: an orphan, with nothing of ours in its environment."""
     read, write = os.pipe()
     if os.fork() == 0:
         command = [sys.executable, "-I", "-S", SCRIPT, *sys.argv[1:]]
@@ -141,7 +153,11 @@ def stubborn(number: int) -> None:
 
 def note(number: int) -> None:
     """Say ("came", number) to the test when that signal comes."""
-    signal.signal(number, lambda *_: say(("came", number)))
+
+    def came(number: int, frame: object) -> None:
+        say(("came", number))
+
+    signal.signal(number, came)
 
 
 def kill(pid: int, number: int) -> None:

@@ -23,7 +23,7 @@ def main() -> NoReturn:
     """Supervise to the end. Exits with 0, or as a daemon that can't start."""
     order = parse(sys.argv[1:])
     try:
-        limit = min(order.settings.limit, _prepare())
+        limit = min(order.limit, _prepare())
         channel, signals = Channel(), Signals()
     except (OSError, ValueError) as error:
         say(f"can't start: {error}")

@@ -1,12 +1,13 @@
 """The socket that NOTIFY_SOCKET names.
 
-Theory. Whoever can send to this socket can fill its queue, and can pass descriptors whose closing hangs. So nobody but this uid (and root) may: an
-abstract address would be open to everybody in the network namespace. It is a path, and the mode of its folder and of the socket say no to others. The path
-is unlinked at once, so that nothing is left behind, and nobody who tidies up can cut the daemon off: the address is the magic link of an
-O_PATH descriptor, /proc/PID/fd/N, which leads to the socket for as long as the parent lives. Who sent a datagram is said by the kernel
-(SCM_CREDENTIALS, unix(7)), whatever the sender says.
+Theory. Whoever can send to this socket can fill its queue, and can pass descriptors whose closing hangs. So nobody but this uid (and
+root) may: an abstract address would be open to everybody in the network namespace. It is a path, and the mode of its folder and of the
+socket say no to others. The path is unlinked at once, so that nothing is left behind, and nobody who tidies up can cut the daemon off:
+the address is the magic link of an O_PATH descriptor, /proc/PID/fd/N, which leads to the socket for as long as the parent lives. Who sent
+a datagram is said by the kernel (SCM_CREDENTIALS, unix(7)), whatever the sender says.
 
-Invariants: every descriptor that arrives is close-on-exec and owned before a byte is looked at. A datagram that did not arrive whole is nothing.
+Invariants: every descriptor that arrives is close-on-exec and owned before a byte is looked at. A datagram that did not arrive whole is
+nothing.
 """
 
 from __future__ import annotations

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from luod.succession.spawn import interpreter
 
+LIMIT: Final = 3000
+"""How many descriptors can be stored, unless said otherwise: names of 42 characters fit the environment then, see `store`."""
+
 
 class Settings(NamedTuple):
-    """Bounds, in seconds where they end with _s.
+    """Bounds, in seconds.
 
     Attributes:
         watchdog_s: a daemon that is ready says WATCHDOG=1 at least so often; 0: it need not.
@@ -26,7 +29,6 @@ class Settings(NamedTuple):
         kill_s: how often SIGKILL is sent again.
         back_off_s, longest_back_off_s: the first and the longest wait before a start; it doubles.
         stable_s: who was ready for so long has the first wait again.
-        limit: how many descriptors can be stored. Names of 42 characters fit the environment then, see `store`.
     """
 
     watchdog_s: float = 30.0
@@ -38,15 +40,15 @@ class Settings(NamedTuple):
     back_off_s: float = 0.1
     longest_back_off_s: float = 10.0
     stable_s: float = 10.0
-    limit: int = 3000
 
 
 class Order(NamedTuple):
-    """What the parent is to do: run `program`, with `first` added until it was ready once."""
+    """What the parent is to do: run `program`, with `first` added until it was ready once, and store up to `limit` descriptors."""
 
     settings: Settings
     program: list[str]
     first: list[str]
+    limit: int = LIMIT
 
 
 def parse(arguments: Sequence[str]) -> Order:
@@ -60,16 +62,19 @@ def parse(arguments: Sequence[str]) -> Order:
     if not program:
         raise ValueError("no program")
     values: dict[str, float] = {}
+    limit = LIMIT
     first: list[str] = []
     for argument in arguments[:at]:
         name, _, value = argument.partition("=")
         if name == "first":
             first.append(value)
+        elif name == "limit":
+            limit = int(value)
         elif name in Settings._fields:
-            values[name] = int(value) if name == "limit" else float(value)
+            values[name] = float(value)
         else:
             raise ValueError(f"no setting {name}")
-    return Order(Settings()._replace(**values), program, first)
+    return Order(Settings()._replace(**values), program, first, limit)
 
 
 def become(options: Sequence[str], first: Sequence[str], watchdog_s: float) -> NoReturn:

@@ -47,7 +47,7 @@ def adopt_orphans() -> None:
 
 
 def same_file(first: int, second: int) -> bool:
-    """Whether two borrowed descriptors are of one open file. False also where the kernel doesn't say: one that is stored twice does no harm.
+    """Whether two borrowed descriptors are of one open file. False where the kernel doesn't say: one stored twice does no harm.
 
     kcmp(2) needs CONFIG_KCMP, and a container's seccomp filter may refuse it; F_DUPFD_QUERY needs Linux 6.10 and nobody refuses it.
     """
@@ -56,7 +56,7 @@ def same_file(first: int, second: int) -> bool:
     number = _KCMP.get(os.uname().machine)
     if number is None or sys.maxsize < 2**32:
         return False
-    return _libc.syscall(number, os.getpid(), os.getpid(), _KCMP_FILE, first, second) == 0
+    return bool(_libc.syscall(number, os.getpid(), os.getpid(), _KCMP_FILE, first, second) == 0)
 
 
 def label(fd: int) -> str:

@@ -1,7 +1,7 @@
 """What one datagram of sd_notify(3) says. Pure.
 
 The rules are systemd's (src/core/service.c, service_notify_message; src/core/manager.c for BARRIER=1): assignments in lines, the first of a
-name counts, unknown ones are ignored, and a datagram with a NUL in its middle or that isn't UTF-8 where it must be is no message.
+name counts, unknown ones are ignored, nothing else may come with BARRIER=1, and a datagram with a NUL in its middle says nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The parent's loop.
 
-Theory. One round: wait, then take in what happened in an order that makes each part's facts complete. The dead are reaped before the socket is
-read, and the socket is read to its end before a death counts: so all that a process had sent counts, and the pid in a datagram can't
-be another's yet. Times that ran out come last: a sign of life that was only not read yet is none that was late.
+Theory. One round: wait, then take in what happened in an order that makes each part's facts complete. The dead are reaped before the
+socket is read, and the socket is read to its end before a death counts: so all that a process had sent counts, and the pid in a datagram
+can't be another's yet. Times that ran out come last: a sign of life that was only not read yet is none that was late.
 
 Invariants: each part of a round is guarded on its own: an exception is logged, and the others go on. A phase without a main process that
 should have one has lost it (`died`), however that came about; so a failed start is a death, too.
@@ -44,7 +44,7 @@ IGNORED: Final = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """The signals that came, and a descriptor that wakes a poll(2) when one comes. All the process's handlers are set here, so PID 1 has them."""
+    """The signals that came, and a descriptor that wakes a poll(2) when one comes. PID 1 has no handlers but these."""
 
     def __init__(self) -> None:
         out, into = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,10 +1,11 @@
 """The parent's life, as a table.
 
-Theory. There is at most one main process. It is started, becomes ready, and is lost in one of many ways; all of them lead through `clearing`, which
-ends what it left behind, and back to `waiting`. `due` is the end of a phase's time: of the back-off, of the patience with a start, of the
-watchdog, or of a bound for dying.
+Theory. There is at most one main process. It is started, becomes ready, and is lost in one of many ways; all of them lead through
+`clearing`, which ends what it left behind, and back to `waiting`. `due` is the end of a phase's time: of the back-off, of the patience
+with a start, of the watchdog, or of a bound for dying.
 
-Invariants: nothing is started but from `waiting`, which is entered when no process of the daemon is left. `ended` is entered from `waiting`.
+Invariants: nothing is started but from `waiting`, which is entered when no process of the daemon is left. `ended` is entered from
+`waiting`.
 """
 
 from __future__ import annotations

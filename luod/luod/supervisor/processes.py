@@ -1,7 +1,7 @@
 """The daemon's processes: starting one, and finding those that it left.
 
-A process is the daemon's when its environment names the parent's socket: a successor inherits it. So an orphan that came to the parent for another
-reason (it may be PID 1 of a container, in which clients live too) is reaped, but never killed.
+A process is the daemon's when its environment names the parent's socket: a successor inherits it. So an orphan that came to the parent
+for another reason (it may be PID 1 of a container, in which clients live too) is reaped, but never killed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OURS: Final = (
 
 
 class Given(NamedTuple):
-    """What the daemon is started with: the parent's address, the watchdog's microseconds (0: none), how much can be stored, what is stored."""
+    """What the daemon is started with. `watchdog_us` is in microseconds, 0: none; `limit` is how much can be stored."""
 
     address: str
     watchdog_us: int
@@ -57,8 +57,8 @@ def environment(inherited: Mapping[str, str], given: Given, parent: int, pid: in
 def start(command: Sequence[str], given: Given, handled: Sequence[int]) -> int:
     """Start `command` (a program's path and its arguments) with what is stored from descriptor 3 on. Returns its pid.
 
-    fork and not posix_spawn: LISTEN_PID must be the child's own pid, which only the child knows before it executes. A thread of the parent that
-    is alive then (a close that hangs) has no lock that the child needs: it waits in the kernel.
+    fork and not posix_spawn: LISTEN_PID must be the child's own pid, which only the child knows before it executes. A thread of the
+    parent that is alive then (a close that hangs) has no lock that the child needs: it waits in the kernel.
 
     Args:
         handled: signals that get their default back in the child. They are blocked until then, so that none is lost.
@@ -91,7 +91,7 @@ def _become(command: Sequence[str], given: Given, parent: int, handled: Sequence
         for number in (*handled, signal.SIGPIPE, signal.SIGXFSZ):  # the last two: Python ignores them
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execve(command[0], command, env)
+        os.execve(command[0], list(command), env)
     except BaseException as error:
         with suppress(OSError):
             os.write(2, f"luod supervisor: {command[0]} can't be executed: {error}\n".encode("utf-8", "backslashreplace"))

@@ -1,8 +1,8 @@
 """The descriptors in custody.
 
-The rules are systemd's (src/core/service.c, service_add_fd_store): at most `limit` of them, the same open file once, the newest first when they
-are passed on. One more limit is the kernel's: the names go to the daemon in one environment variable, and execve(2) takes no string longer than
-128 KiB. A store that the daemon can't be started with would be lost, so what doesn't fit is not stored.
+The rules are systemd's (src/core/service.c, service_add_fd_store): at most `limit` of them, the same open file once, the newest first
+when they are passed on. One more limit is the kernel's: the names go to the daemon in one environment variable, and execve(2) takes no
+string longer than 128 KiB. A store that the daemon can't be started with would be lost, so what doesn't fit is not stored.
 """
 
 from __future__ import annotations
