@@ -4,6 +4,7 @@ Happy path: check the machine, read the configuration, take the runtime director
 running luod and serve. SIGHUP is an upgrade to a fresh luod, which reads the configuration again.
 
 Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
+With --supervised this process becomes the parent of one that does all this (luod.supervisor).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from luod.succession.adoption import adopt
 from luod.succession.channel import Channel
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.supervisor import command as supervisor
 from luod.system import System
 from luod_protocol import messages as m
 from luod_protocol import wire
@@ -50,6 +52,8 @@ OLDEST_KERNEL: Final = (5, 15)
 
 FD_TABLE: Final = 65_536
 """The descriptor table is grown to this once, at the start: growing it later, with a thread alive, waits for an RCU grace period."""
+
+MAX_WATCHDOG_S: Final = 86_400
 
 COURTESY_S: Final = 0.005
 """How long a successor leaves its first moments to the clients that waited, in seconds."""
@@ -67,9 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
     parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
+    parser.add_argument(
+        "--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes"
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=float,
+        help="with --supervised: restart a luod that is silent for so long (default: 30; 0: never)",
+    )
     parser.add_argument("--succeed-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"luod {RELEASE}")
     options = parser.parse_args(argv)
+    if options.watchdog is not None and not (options.supervised and 0 <= options.watchdog < MAX_WATCHDOG_S):
+        parser.error(f"--watchdog is for --supervised, from 0 to {MAX_WATCHDOG_S} seconds")
     logging.basicConfig(level=logging.INFO, format="luod: %(message)s", stream=sys.stderr)
     try:
         _check_kernel()
@@ -81,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed_on = ["--runtime-dir", directory]
     if options.config:
         passed_on += ["--config", os.path.abspath(options.config)]
-    _prepare_descriptors()
     try:
+        if options.supervised:
+            watchdog_s = supervisor.Settings().watchdog_s if options.watchdog is None else options.watchdog
+            supervisor.become(passed_on, ["--takeover"] if options.takeover else [], watchdog_s)
+        _prepare_descriptors()
         handover = _ask_takeover(directory) if options.takeover else None
         if options.succeed_fd is not None:
             os.set_inheritable(options.succeed_fd, False)

@@ -20,8 +20,7 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
     Raises:
         Refusal: it can't be started.
     """
-    # -P: never import from the folder that happens to be the current one.
-    command = [program] if program else [sys.executable, "-P", *_warnings(), "-m", "luod"]
+    command = [program] if program else [*interpreter(), "-m", "luod"]
     inherited = os.dup(handover)
     try:
         os.set_inheritable(inherited, True)
@@ -40,9 +39,10 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
         os.close(inherited)
 
 
-def _warnings() -> list[str]:
-    """The interpreter's -X dev and -W options, passed on as subprocess does."""
-    options = ["-X", "dev"] if sys.flags.dev_mode else []
+def interpreter() -> list[str]:
+    """This interpreter, with the -X dev and -W options that it has itself, passed on as subprocess does."""
+    # -P: never import from the folder that happens to be the current one.
+    command = [sys.executable, "-P", *(["-X", "dev"] if sys.flags.dev_mode else [])]
     for warning in sys.warnoptions:
-        options += ["-W", warning]
-    return options
+        command += ["-W", warning]
+    return command
