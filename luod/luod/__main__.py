@@ -18,7 +18,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -216,9 +216,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
                 await trio.sleep_forever()
             _say_goodbye(server)
             await server.tell_manager("STOPPING=1")
-            if not server.managed:
-                # Else the paths may be the manager's, who listens on.
-                listening.unbind(directory)
+            listening.unbind(directory, server.bound)
             nursery.cancel_scope.cancel()
     _exit()
 
@@ -241,13 +239,15 @@ class _Start:
             log.warning("the service manager passed a fd named %r, of which luod knows nothing", name)
         lock = listening.lock(directory)
         try:
-            listeners = {**passed.listeners, **listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])}
+            bound = listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])
             listening.sign(lock.fileno())
         except BaseException:
             lock.close()
             raise
         adopted = adopt(passed.stored, self.system.boot_id)
-        server = self._server(directory, lock, listeners, generation=adopted.generation + 1, manager=manager)
+        server = self._server(
+            directory, lock, {**passed.listeners, **bound}, generation=adopted.generation + 1, bound=bound, manager=manager
+        )
         for session in adopted.sessions:
             server.adopt_session(session)
         for ended in adopted.ended:
@@ -267,7 +267,8 @@ class _Start:
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
             listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
             generation, manager = offer.generation + 1, offer.manager or own_manager
-            server = self._server(offer.directory, lock, listeners, generation=generation, manager=manager, frozen=True)
+            bound = map(Endpoint, offer.bound)
+            server = self._server(offer.directory, lock, listeners, generation=generation, bound=bound, manager=manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
             servers.append(server)
@@ -302,6 +303,7 @@ class _Start:
         listeners: Mapping[Endpoint, socket.socket],
         *,
         generation: int,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> Server:
@@ -315,6 +317,7 @@ class _Start:
             listeners=listeners,
             generation=generation,
             capacity=_capacity(self.config),
+            bound=bound,
             manager=manager,
             frozen=frozen,
         )

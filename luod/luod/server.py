@@ -85,6 +85,7 @@ class Server:
         listeners: the listening sockets; owned.
         generation: of this daemon.
         capacity: what to take.
+        bound: those of the listening sockets that luod bound itself.
         manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
     """
@@ -101,6 +102,7 @@ class Server:
         listeners: Mapping[Endpoint, socket.socket],
         generation: int,
         capacity: Capacity,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> None:
@@ -114,6 +116,7 @@ class Server:
         self.capacity = capacity
         self.started_at = system.now()
         self.last_pause_us = 0
+        self.bound: Final = tuple(bound)
         self.manager: Final = manager
         self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
         self.orchestrator = Orchestrator(self.custody)

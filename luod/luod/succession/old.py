@@ -56,6 +56,7 @@ from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
 
 STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
@@ -93,6 +94,8 @@ class Host(Protocol):
     def store(self) -> Store: ...
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
+
+    bound: tuple[Endpoint, ...]
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
 
@@ -196,6 +199,7 @@ class OldSide:
             generation=self._host.generation,
             directory=self._host.directory,
             endpoints=endpoints,
+            bound=self._host.bound,
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
         )

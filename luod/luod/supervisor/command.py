@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, NoReturn
 from luod.succession.spawn import interpreter
 
 LIMIT: Final = 16_500
-"""How many descriptors can be stored, unless said otherwise: as many sessions as luod takes, and a few more. Their names fit, see `store`."""
+"""How many descriptors can be stored, unless said otherwise: as many sessions as luod takes, and a few more."""
 
 
 class Settings(NamedTuple):
