@@ -95,7 +95,8 @@ class Host(Protocol):
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
 
-    bound: tuple[Endpoint, ...]
+    @property
+    def bound(self) -> tuple[Endpoint, ...]: ...
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
 
