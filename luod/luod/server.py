@@ -32,7 +32,7 @@ from luod.custody import ROOT, Capacity, Client, Custody, Forgetting, Outcome, P
 from luod.gate import Gate
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerInfo
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.session import Session
 from luod.store import Ended, Store
@@ -117,7 +117,6 @@ class Server:
         self.started_at = system.now()
         self.last_pause_us = 0
         self.bound: Final = tuple(bound)
-        self.manager: Final = manager
         self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
         self.orchestrator = Orchestrator(self.custody)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
@@ -215,6 +214,7 @@ class Server:
                         stored = await self.keeper.keep(box)
                     case Forgetting(ended=ended, box=box, stored=name):
                         await self.keeper.forget(ended, box, name)
+                self.custody.outlook = self.keeper.outlook()
             return pending.act(stored)
         except BaseException:
             pending.undo()
@@ -276,16 +276,16 @@ class Server:
             open_fds=open_fds,
             last_pause_us=self.last_pause_us,
             manager=self.manager.name if self.manager is not None else "",
-            stored_fds=self.keeper.count if self.keeper is not None else 0,
+            stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
 
     @property
-    def managed(self) -> bool:
-        """Whether a service manager watches this daemon."""
-        return self.manager is not None
+    def manager(self) -> ManagerInfo | None:
+        """The service manager that watches this daemon."""
+        return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
     async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
@@ -295,9 +295,12 @@ class Server:
 
     async def tell_manager(self, *fields: str) -> None:
         """Tell the service manager, if there is one, and go on if it can't be told."""
-        if self.keeper is not None:
+        if self.keeper is not None and not self.keeper.gone:
             try:
                 await self.keeper.manager.tell(*fields)
+            except ManagerGone as error:
+                self.keeper.lose(error)
+                self.custody.outlook = self.keeper.outlook()
             except ManagerFault as error:
                 log.warning("%s", error)
 
@@ -306,7 +309,7 @@ class Server:
         await keeper.ready.wait()
         watchdog_s = keeper.manager.info.watchdog_us / 1e6
         await self.tell_manager("READY=1")
-        while True:
+        while not keeper.gone:
             preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
             state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"
             await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
@@ -431,7 +434,7 @@ class Server:
         self.tell_monitors("upgraded", f"generation {self.generation}, pause {pause_us} us")
 
     async def _outlive(self, predecessor: OwnedFd, alone: trio.Event, stored_others: Collection[str]) -> None:
-        patience_s = MANAGED_PREDECESSOR_S if self.managed else PREDECESSOR_S
+        patience_s = MANAGED_PREDECESSOR_S if self.manager is not None else PREDECESSOR_S
         with predecessor:
             if await see_off(predecessor.fileno(), patience_s):
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)

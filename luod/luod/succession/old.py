@@ -28,7 +28,7 @@ import trio
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.config import HandoverTable
 from luod.gate import Gate
-from luod.notify import ManagerFault, ManagerInfo
+from luod.notify import ManagerFault, ManagerGone, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
@@ -294,6 +294,8 @@ class OldSide:
         while True:
             try:
                 await self._host.announce(successor)
+                break
+            except ManagerGone:
                 break
             except ManagerFault as error:
                 log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
