@@ -22,9 +22,9 @@ What is as in production: the units, the configuration and the user from systemd
 drop-ins: where luod is installed, that interpreter and checkout are visible in the sandbox wherever they lie, and output goes to files
 (`said`, `log`), for there is no journald. Nothing else of a system runs there.
 
-Inside is a private /run, /tmp, /var/tmp, /etc and network, the rest is the machine's, read-only. A client that connects from outside has pid 0
-for luod; one that was started with `inside` has a pid, and its uid either way. A process that is started with `inside` doesn't outlive its
-parent, and when that is killed comes to this process (`adopt_orphans`), which reaps it at the end.
+Inside is a private /run, /tmp, /var/tmp, /etc and network, the rest is the machine's, read-only. A client that connects from outside
+has pid 0 for luod; one that was started with `inside` has a pid, and its uid either way. A process that is started with `inside` doesn't
+outlive its parent, and when that is killed comes to this process (`adopt_orphans`), which reaps it at the end.
 
 Several managers can run at once. The end kills everything inside, whatever it was doing, and leaves nothing behind.
 """

@@ -123,6 +123,10 @@ class Service:
         barrier()
         self.handed.pop(name).close()
 
+    def be_well_within(self, us: int) -> None:
+        """Have the manager expect WATCHDOG=1, which never comes, within this time."""
+        notify(f"WATCHDOG_USEC={us}")
+
     def who(self, endpoint: str) -> list[int]:
         """Wait for a connection to an endpoint: uid and gid (SO_PEERCRED), and when its process started in clock ticks, 0 if not known."""
         with socket.socket(fileno=os.dup(self.handed[endpoint].fileno())) as listening:
