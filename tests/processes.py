@@ -201,6 +201,14 @@ class Client:
         """Wait for its end. Its exit code, minus the signal."""
         return self._popen.wait(LIMIT_S)
 
+    def rest(self) -> Generator[Any]:
+        """What an ended one has said and was not heard yet."""
+        while True:
+            try:
+                yield self._talk.hear()
+            except EOFError:
+                return
+
     def finish(self) -> None:
         """Say no more and wait for its end, which must be a good one."""
         self._talk.close()

@@ -19,7 +19,6 @@ from harness import Daemon
 from processes import LIMIT_S, PYTHON, folder_for, start, until
 from systemd_rig import Manager, unable, why_not
 
-
 SERVICE: Final = "luod.service"
 
 
