@@ -51,8 +51,8 @@ class Probe:
 
     @property
     def identity(self) -> Identity:
-        """The kernel object."""
-        return Identity(device=self.stat.st_dev, inode=self.stat.st_ino)
+        """The kernel object; of a device its number, for the server of a FUSE mount can change the inode number of a file that is open."""
+        return Identity(device=self.stat.st_dev, inode=self.stat.st_rdev if self.type == stat.S_IFCHR else self.stat.st_ino)
 
     @functools.cached_property
     def flags(self) -> int:

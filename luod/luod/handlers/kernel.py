@@ -34,8 +34,9 @@ class Stat(NamedTuple):
     """The fields of stat(2) that tell what a fd is, under the names that os.stat_result has for them.
 
     `st_rdev` of a character device is what was opened, also on a FUSE mount, whose server makes up its inodes: the kernel keeps the type
-    and the device number of an inode as they were when it came to be (fs/fuse/inode.c: fuse_init_inode, fuse_stale_inode), opens by
-    them (fs/char_dev.c: chrdev_open), and opens none on a mount that is `nodev`. Of a fd that isn't open (O_PATH) it says nothing.
+    and the device number of an inode as they were when it came to be (fs/fuse/inode.c: fuse_init_inode, fuse_stale_inode), and opens by
+    them (fs/char_dev.c: chrdev_open); it takes no inode without a type from the server. Tried on Linux 6.18 with a server that changes all it
+    can: only `st_ino` changes. A mount that only an ordinary user could make is `nodev`. Of a fd that isn't open (O_PATH) `st_rdev` says nothing.
     """
 
     st_mode: int

@@ -26,6 +26,8 @@ _VHOST: Final = (
     "save the rings' bases (VHOST_GET_VRING_BASE) in a memfd, open the device again and set it up"
 )
 
+_GUEST_MEMFD: Final = "a guest_memfd, which belongs to one KVM virtual machine: have the guest's memory in a memfd"
+
 _DRIVERS: Final[Mapping[str, str]] = {
     "misc/vhost-net": _VHOST,
     "misc/vhost-vsock": _VHOST,
@@ -42,7 +44,8 @@ _NAMES: Final[Mapping[str, str]] = {
     "same memory",
     "kvm-vcpu": "a KVM vCPU, which works in the process that made it only: save its registers in a memfd and make a new one",
     "kvm-": "a device of a KVM virtual machine, which works in the process that made it only: save its state in a memfd and make a new one",
-    "[kvm-gmem]": "a guest_memfd, which belongs to one KVM virtual machine: have the guest's memory in a memfd",
+    "[kvm-gmem]": _GUEST_MEMFD,
+    "/[kvm-gmem]": _GUEST_MEMFD,
     "[io_uring]": "an io_uring, which works with the memory of the process that made it: make a new one",
     "[userfaultfd]": "a userfaultfd, which belongs to one process's memory: make a new one",
     "[fanotify]": "a fanotify group, which luod doesn't take: make a new one",
