@@ -183,7 +183,8 @@ RECORDED: Final = (
         stat=Stat(st_mode=0o600, st_ino=10650, st_size=0, st_dev=os.makedev(0, 14)),
         flags=0o2,
         link="anon_inode:[timerfd]",
-        info=b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t10650\nclockid: 1\nticks: 0\nsettime flags: 00\nit_value: (0, 0)\nit_interval: (0, 0)\n",
+        info=b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t10650\nclockid: 1\nticks: 0\nsettime flags: 00\n"
+        b"it_value: (0, 0)\nit_interval: (0, 0)\n",
     ),
     Record(
         name="signalfd-6.1",

@@ -17,7 +17,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from conformance.making import HOSTILE, Maker, Refused, Specimen, available, making
-from luod_protocol.fds import OwnedFd, own
+from luod_protocol.fds import OwnedFd, close_all, own
+from processes import until
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MACHINE: Final = 0 if os.uname().machine == "x86_64" else 1
@@ -144,6 +145,12 @@ PIDFDS: Final = (
 # ---- pty
 
 
+def _waiting(fd: int) -> int:
+    """Bytes that can be read."""
+    count: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+    return count
+
+
 def _pty(end: int, before: int = 0) -> Maker:
     @contextmanager
     def make() -> Generator[int]:
@@ -154,6 +161,8 @@ def _pty(end: int, before: int = 0) -> Maker:
             ends = [stack.enter_context(each) for each in own(os.openpty())]
             os.write(ends[0].fileno(), b"typed\n")
             os.write(ends[1].fileno(), b"unread")
+            # The kernel carries them over in its own time.
+            until(lambda: _waiting(ends[0].fileno()) == len(b"typed\r\nunread") and _waiting(ends[1].fileno()), "all is there to be read")
             yield ends[end].fileno()
 
     return make
@@ -200,35 +209,22 @@ def _tap() -> int:
         return fd.take()
 
 
-class _Elsewhere:
-    """A network namespace that only its threads see."""
+def _elsewhere(act: Callable[[], None]) -> None:
+    """Do something in a network namespace of its own, which ends with all that refers to it."""
+    failed: list[OSError] = []
 
-    def __init__(self) -> None:
-        self._namespace: OwnedFd | None = None
+    def inside() -> None:
+        try:
+            called(_libc.unshare(_CLONE_NEWNET))
+            act()
+        except OSError as error:
+            failed.append(error)
 
-    def run(self, act: Callable[[], None]) -> None:
-        failed: list[OSError] = []
-
-        def inside() -> None:
-            try:
-                if self._namespace is None:
-                    called(_libc.unshare(_CLONE_NEWNET))
-                    self._namespace = OwnedFd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-                else:
-                    called(_libc.setns(self._namespace.fileno(), _CLONE_NEWNET))
-                act()
-            except OSError as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=inside)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-
-    def close(self) -> None:
-        if self._namespace is not None:
-            self._namespace.close()
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _ip(*words: str) -> None:
@@ -242,25 +238,23 @@ def _macvtap(*, delete: bool = False) -> Generator[int]:
     opened: list[OwnedFd] = []
 
     def inside() -> None:
+        name = f"luod{threading.get_native_id()}"
         _ip("tuntap", "add", "dev", "lower", "mode", "tap")
-        _ip("link", "add", "link", "lower", "name", "upper", "type", "macvtap")
+        _ip("link", "add", "link", "lower", "name", name, "type", "macvtap")
         with os.scandir("/sys/dev/char") as found:
-            number = next(each.name for each in found if "/net/upper/macvtap/" in os.readlink(each.path))
+            number = next(each.name for each in found if f"/net/{name}/macvtap/" in os.readlink(each.path))
         with tempfile.TemporaryDirectory() as folder:
             major, minor = map(int, number.split(":"))
             os.mknod(f"{folder}/disk", 0o20600, os.makedev(major, minor))
             opened.append(OwnedFd(os.open(f"{folder}/disk", os.O_RDWR | os.O_CLOEXEC)))
         if delete:
-            _ip("link", "delete", "upper")
+            _ip("link", "delete", name)
 
-    elsewhere = _Elsewhere()
     try:
-        elsewhere.run(inside)
+        _elsewhere(inside)
         yield opened[0].fileno()
     finally:
-        for each in opened:
-            each.close()
-        elsewhere.close()
+        close_all(opened)
 
 
 TAPS: Final = (

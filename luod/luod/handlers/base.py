@@ -79,8 +79,8 @@ class Probe:
     def info(self) -> dict[str, str]:
         """The lines of /proc/self/fdinfo/N (proc(5)), of its first page; of keys that repeat, the first.
 
-        Only for kinds that fill less than a page without waiting for anybody. Not for an inotify or an epoll (a line for each watch, and the
-        kernel writes all of them at once), a tun, or a BPF link (both wait for the lock of all network configuration).
+        Only for kinds that fill less than a page without waiting for anybody. Not for an inotify or an epoll (a line for each watch, and
+        the kernel writes all of them at once), a tun, or a BPF link (both wait for the lock of all network configuration).
         """
         # Not `open`, which takes twice the time.
         with OwnedFd(os.open(f"/proc/self/fdinfo/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)) as file:

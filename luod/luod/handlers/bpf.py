@@ -1,8 +1,8 @@
 """BPF objects (bpf(2)): maps, programs, links, type information.
 
-Preserved: the object. A map keeps its contents (programs and other holders go on changing them), a program stays loaded, a link keeps its program
-attached, and so what it does goes on while luod has it. That is what a client wants who gives it, and luod gains no right by it: it never calls
-bpf(2). Pinning in a bpffs is another way, and outlives luod.
+Preserved: the object. A map keeps its contents (programs and other holders go on changing them), a program stays loaded, a link keeps its
+program attached, and so what it does goes on while luod has it. That is what a client wants who gives it, and luod gains no right by it: it
+never calls bpf(2). Pinning in a bpffs is another way, and outlives luod.
 
 A link tells nothing of itself: its fdinfo waits, by the type of link, for the lock of all network configuration or of all cgroups
 (net/core/dev.c: bpf_xdp_link_show_fdinfo, kernel/bpf/cgroup.c). Ids are the kernel's, and never used twice while the object lives.

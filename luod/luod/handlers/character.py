@@ -3,8 +3,8 @@
 The path through which one was opened tells nothing: anybody who may make device nodes gives them any name. A device number says what was
 opened, as long as it was opened; see `luod.handlers.kernel.Stat`.
 
-`verify` checks nothing beyond the kind: the number is the identity, which is checked for all kinds, and all else (the interface of a tap, the
-mappings of a container, even whether the device is still plugged in) may change.
+`verify` checks nothing beyond the kind: the number is the identity, which is checked for all kinds, and all else (the interface of a tap,
+the mappings of a container, even whether the device is still plugged in) may change.
 """
 
 from __future__ import annotations

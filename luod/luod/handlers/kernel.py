@@ -35,8 +35,9 @@ class Stat(NamedTuple):
 
     `st_rdev` of a character device is what was opened, also on a FUSE mount, whose server makes up its inodes: the kernel keeps the type
     and the device number of an inode as they were when it came to be (fs/fuse/inode.c: fuse_init_inode, fuse_stale_inode), and opens by
-    them (fs/char_dev.c: chrdev_open); it takes no inode without a type from the server. Tried on Linux 6.18 with a server that changes all it
-    can: only `st_ino` changes. A mount that only an ordinary user could make is `nodev`. Of a fd that isn't open (O_PATH) `st_rdev` says nothing.
+    them (fs/char_dev.c: chrdev_open); it takes no inode without a type from the server. Tried on Linux 6.18 with a server that changes all
+    it can: only `st_ino` changes. A mount that only an ordinary user could make is `nodev`. Of a fd that isn't open (O_PATH) `st_rdev` says
+    nothing.
     """
 
     st_mode: int

@@ -3,8 +3,9 @@
 Since Linux 6.9 each process has an inode of its own for them, on a file system of their own (fs/pidfs.c), so the identity of an entry tells
 the process. File type (none) and name are still those of an anonymous inode.
 
-Preserved: which process it is, for ever; its pid is never reused for it. The client must know that only a parent can wait(2), and that a new
-process isn't the parent. It holds nobody alive. A pidfd of luod itself goes through an upgrade, and then is one of a process that is gone.
+Preserved: which process it is, for ever; its pid is never reused for it. The client must know that only a parent can wait(2), and that a
+new process isn't the parent. It holds nobody alive. A pidfd of luod itself goes through an upgrade, and then is one of a process that is
+gone.
 """
 
 from __future__ import annotations

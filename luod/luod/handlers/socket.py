@@ -6,11 +6,11 @@ Preserved: the socket with its backlog, its buffers and its connection; peers no
 unix socket is bound to isn't the socket's: nobody must unlink it.
 
 By family, while luod has the socket:
-* netlink: it stays in its groups under its port id. Notifications fill its receive buffer, then are lost, and the first read says ENOBUFS: the
-  client must ask for the whole state again. Where the kernel waits for answers (NFQUEUE), nobody answers.
+* netlink: it stays in its groups under its port id. Notifications fill its receive buffer, then are lost, and the first read says ENOBUFS:
+  the client must ask for the whole state again. Where the kernel waits for answers (NFQUEUE), nobody answers.
 * vsock: as inet. The guest's end of a connection to the host lives as long as the guest does.
-* packet: it goes on receiving, up to its buffer or ring; the ring is the socket's, and is mapped anew. Taken because a VMM may have one as the
-  other side of a network card, it can't be opened again without CAP_NET_RAW, and there is nothing in it that the others don't have. Not
+* packet: it goes on receiving, up to its buffer or ring; the ring is the socket's, and is mapped anew. Taken because a VMM may have one as
+  the other side of a network card, it can't be opened again without CAP_NET_RAW, and there is nothing in it that the others don't have. Not
   taken: AF_XDP, whose packets are in the memory of the process that made it.
 
 Addresses are told only where the kernel tells them without waiting for the owners of the socket, see `luod.handlers.kernel`: not those of

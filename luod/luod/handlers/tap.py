@@ -1,9 +1,9 @@
 """Network interfaces whose other side is a fd: tun and tap (/dev/net/tun), macvtap and ipvtap (/dev/tapN).
 
 Preserved: the fd, attached to its interface (or not yet attached), with its flags, offloads, header size, filters, and the packets that
-wait to be read. While luod has it the interface stays, its carrier stays up, and what is sent to it waits in a queue of `txqueuelen` packets
-(1,000 by default); beyond that packets are lost, as on any wire. Of an interface with several queues each is an entry of its own, and
-packets go on being spread over those that are held.
+wait to be read. While luod has it the interface stays, its carrier stays up, and what is sent to it waits in a queue of `txqueuelen`
+packets (1,000 by default); beyond that packets are lost, as on any wire. Of an interface with several queues each is an entry of its own,
+and packets go on being spread over those that are held.
 
 The client must give it to a new vhost again (VHOST_NET_SET_BACKEND).
 

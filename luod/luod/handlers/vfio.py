@@ -3,15 +3,16 @@
 There are two ways to a device. The older: a *container* (/dev/vfio/vfio) has the DMA mappings, a *group* (/dev/vfio/N) is put into it, and
 gives *device* fds (an anonymous inode). The newer: a *cdev* (/dev/vfio/devices/vfioN) is the device, bound to an iommufd.
 
-Preserved: everything. The device keeps its state, its interrupts go on signalling the eventfds that they were given, DMA goes on, into memory
-that the mappings keep pinned even after the process that mapped it is gone.
+Preserved: everything. The device keeps its state, its interrupts go on signalling the eventfds that they were given, DMA goes on, into
+memory that the mappings keep pinned even after the process that mapped it is gone.
 
-A device keeps its group and container, or its iommufd, alive in the kernel, but only whoever has *their* fds can change a mapping. So preserve
-them with it, and say so: `needs` of a device names its group and container, or of a cdev its iommufd; and the memfds that are mapped
-for DMA belong into the same session.
+A device keeps its group and container, or its iommufd, alive in the kernel, but only whoever has *their* fds can change a mapping. So
+preserve them with it, and say so: `needs` of a device names its group and container, or of a cdev its iommufd; and the memfds that are
+mapped for DMA belong into the same session.
 
-The client must: mmap the device's regions again, add group or cdev to the new KVM's vfio device (KVM_DEV_VFIO_FILE_ADD), register the irqfds
-again, and have the pinned memory counted as its own (VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR, or see `luod.handlers.iommufd`).
+The client must: mmap the device's regions again, add group or cdev to the new KVM's vfio device (KVM_DEV_VFIO_FILE_ADD), register the
+irqfds again, and have the pinned memory counted as its own (VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR, or see
+`luod.handlers.iommufd`).
 
 The last close resets the device and takes a while (0.3 s were seen), in a thread. No ioctl is ever done on one here.
 """
