@@ -3,7 +3,7 @@
 Obtained by opening each of them, as root, in virtual machines of QEMU, and printing what `Probe` asks the kernel; the handlers themselves
 ran there too and took or refused the real fds as is said here. `KERNEL_7` is Linux 7.3.4 with CONFIG_VFIO_GROUP, CONFIG_VFIO_DEVICE_CDEV,
 CONFIG_VFIO_NOIOMMU, CONFIG_IOMMUFD and QEMU's `edu` device bound to vfio-pci, without an IOMMU (`noiommu`) and with an emulated Intel one.
-`KERNEL_6` is Debian 12's 6.1.0-56-amd64 with the same device behind an Intel IOMMU.
+`KERNEL_6` is Debian 12's 6.1.0-56-amd64 with the same device behind an Intel IOMMU. The macvtap is of a machine with Linux 6.18.44.
 """
 
 from __future__ import annotations
@@ -309,6 +309,18 @@ RECORDED: Final = (
         flags=0o0,
         link="anon_inode:btf",
         info=b"pos:\t0\nflags:\t02000000\nmnt_id:\t15\nino:\t10650\nbtf_id:\t33\n",
+    ),
+    Record(
+        name="macvtap",
+        kernel="6.18.44",
+        kind="macvtap",
+        facts={"device": "virtual/net/mvt0/macvtap/tap3"},
+        stat=Stat(st_mode=0o20644, st_ino=2146429, st_size=0, st_dev=os.makedev(254, 0), st_rdev=os.makedev(246, 1)),
+        flags=0o100002,
+        link="/tmp/tap",
+        info=b"pos:\t0\nflags:\t02100002\nmnt_id:\t70\nino:\t2146429\n",
+        driver="macvtap",
+        sysfs="virtual/net/mvt0/macvtap/tap3",
     ),
 )
 

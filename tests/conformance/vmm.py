@@ -353,7 +353,8 @@ def _kvm_device(machine: int) -> int:
 
 
 def _guest_memfd(machine: int) -> int:
-    return fcntl.ioctl(machine, _CREATE_GUEST_MEMFD, bytearray(struct.pack("QQ48x", 4096, 0)))
+    fd: int = fcntl.ioctl(machine, _CREATE_GUEST_MEMFD, bytearray(struct.pack("QQ48x", 4096, 0)))
+    return fd
 
 
 def _userfaultfd() -> int:

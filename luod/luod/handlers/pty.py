@@ -3,7 +3,7 @@
 Told by the device number, which is fixed: 5:2 is a master, the major 136 has all slaves (devices.txt).
 
 Preserved: the end with its terminal settings and what is in its buffers. While luod has a master, its slave sees no hang-up, and whoever
-writes to the slave waits once about 4 kB are unread. While luod has a slave, its master sees no end.
+writes to the slave waits once about 20 kB are unread. While luod has a slave, its master sees no end.
 
 What does not happen: luod opens no tty and writes to none, so none becomes its controlling terminal (that needs open(2) without O_NOCTTY
 or TIOCSCTTY by a session leader), and receiving one isn't opening. Closing the last copy of a master sends SIGHUP to the slave's session,
