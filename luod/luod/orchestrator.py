@@ -13,20 +13,21 @@ from typing import Any
 from luod import survival
 from luod.custody import Client, Custody, Outcome
 from luod.deserializing import Deserializing
-from luod.handlers import kinds
+from luod.handlers.recognizer import Recognizer
 from luod.serializing import Serializing
 from luod_protocol import messages as m
 from luod_protocol.fds import OwnedFd
 
 
 class Orchestrator:
-    """The verbs of one daemon, over its custody."""
+    """The verbs of one daemon, over its custody; `recognizer` says what is taken."""
 
-    def __init__(self, custody: Custody) -> None:
-        serializing = Serializing(custody)
+    def __init__(self, custody: Custody, recognizer: Recognizer) -> None:
+        self._kinds = dict(recognizer.kinds)
+        serializing = Serializing(custody, recognizer)
         deserializing = Deserializing(custody)
         self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome]] = {
-            m.Capabilities: _capabilities,
+            m.Capabilities: self._capabilities,
             m.Open: serializing.open,
             m.Preserve: serializing.preserve,
             m.Unpreserve: serializing.unpreserve,
@@ -49,7 +50,6 @@ class Orchestrator:
         """
         return self._verbs[type(request)](client, request, fds)
 
-
-def _capabilities(_: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
-    survives = {each.value: reason for each, reason in survival.reasons().items()}
-    return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds(), survives=survives))
+    def _capabilities(self, _: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
+        survives = {each.value: reason for each, reason in survival.reasons().items()}
+        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=self._kinds, survives=survives))

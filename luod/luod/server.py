@@ -25,14 +25,17 @@ from typing import Final
 
 import trio
 
+from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change
-from luod.config import Config, all_uids_are_mapped, overflow_uid
+from luod.config import Config
 from luod.connection import Connection, Unread
-from luod.custody import ROOT, Capacity, Client, Custody
+from luod.custody import Client, Custody
 from luod.gate import Gate
+from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
 from luod.orchestrator import Orchestrator
+from luod.policy import ROOT
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
@@ -107,8 +110,9 @@ class Server:
         self.last_pause_us = 0
         self.replaced = trio.Event()
         """Set when a successor serves: this process must end now."""
-        self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
-        self.orchestrator = Orchestrator(self.custody)
+        self.custody = Custody(system=system, capacity=capacity, policy=config.policy, generation=generation, publish=self._publish)
+        recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
+        self.orchestrator = Orchestrator(self.custody, recognizer)
         self._nursery = nursery
         self._config = config
         self._options = options
@@ -156,15 +160,17 @@ class Server:
         """Serve a connection that was accepted; takes the socket over."""
         # Who may upgrade or look at a luod that is full must still get in.
         room = self.capacity.connections + (CONTROL_RESERVE if endpoint is Endpoint.CONTROL else 0)
+        pid, who = peer(sock)
+        reason = self.custody.quota.too_many(who.uid)
         if len(self._connections) >= room:
             reason = f"luod has {len(self._connections)} connections, its limit: try again later"
+        if reason:
             with sock, suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
             return
-        pid, uid = peer(sock)
-        client = Client(uid=uid, process=self.system.process(pid))
+        client = Client(peer=who, process=self.system.process(pid))
         connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
-        self._connections[connection] = None
+        self._keep(connection)
         self._nursery.start_soon(connection.run)
 
     def refuse_peer(self, endpoint: Endpoint, uid: int) -> None:
@@ -184,7 +190,12 @@ class Server:
 
     def left(self, connection: Connection) -> None:
         """A connection has ended."""
-        self._connections.pop(connection, None)
+        del self._connections[connection]
+        self.custody.quota.disconnected(connection.client.uid)
+
+    def _keep(self, connection: Connection) -> None:
+        self._connections[connection] = None
+        self.custody.quota.connected(connection.client.uid)
 
     async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
@@ -352,14 +363,14 @@ class Server:
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
         connection = revive(self, live, fd, None if unread is None else Unread(data=unread[0], fds=unread[1]))
-        self._connections[connection] = None
+        self._keep(connection)
 
     def forget_live(self) -> None:
         """The predecessor died before all connections were here: end those that are, and roll back what is tied to them."""
         for connection in list(self._connections):
             connection.forget()
             self.close_later(self.custody.lost(connection.client))
-        self._connections.clear()
+            self.left(connection)
 
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int) -> None:
         """Serve: for a successor, right after its commit."""

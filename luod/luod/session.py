@@ -53,7 +53,7 @@ class Session:
     state: SessionState = SessionState.OPEN
     staged: dict[str, Staged] = attrs.Factory(dict[str, Staged])
     weight: int = 0
-    """Bytes of the names, needs and metadata of the staged entries: what the manifest grows with."""
+    """Bytes of the names, needs and metadata of the entries: what the manifest grows with."""
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
@@ -72,6 +72,7 @@ class Session:
             metadata=manifest.metadata,
             opened_at=manifest.opened_at,
             state=SessionState.PRESERVED,
+            weight=weigh(manifest.entries),
             sealed=Sealed.of(manifest, box),
             retrieved_by=set(retrieved_by),
         )

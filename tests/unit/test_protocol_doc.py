@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import re
 import socket
 import struct
@@ -21,8 +22,9 @@ import pytest
 
 from luod.checks import SEALS as SEAL_NAMES
 from luod.connection import HELLO_S, MAX_IN_FLIGHT, UNREAD_S
-from luod.handlers import kinds, recognize
+from luod.handlers import kinds
 from luod.handlers.base import Probe
+from luod.handlers.recognizer import Recognizer
 from luod.store import MAX_REMEMBERED
 from luod.survival import Survives
 from luod_protocol import errors, limits, records
@@ -354,10 +356,11 @@ def check_kinds(text: str) -> None:
     table = rows(section(text, "Kinds"))
     assert {ticked(row["kind"])[0]: ticked(row["compatible"])[0] for row in table} == kinds()
     left, right = unix_pair()
-    with memfd() as ram, eventfd() as event, pipe() as (read, _), left, right:
-        for fd in (ram, event, read, left):
+    recognizer = Recognizer(kinds=kinds(), files=[os.devnull])
+    with memfd() as ram, eventfd() as event, pipe() as (read, _), left, right, open(os.devnull, "rb") as device:
+        for fd in (ram, event, read, left, device):
             probe = Probe(fd.fileno())
-            handler = recognize(probe)
+            handler = recognizer.recognize(probe)
             facts = next(row["facts"] for row in table if row["kind"] == f"`{handler.kind}`")
             assert [ticked(fact)[0] for fact in facts.split("; ")] == list(handler.record(probe))
 

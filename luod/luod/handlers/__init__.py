@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from luod.handlers.base import Handler, Probe
 from luod.handlers.eventfd import Eventfd
+from luod.handlers.file import File
 from luod.handlers.memfd import Memfd
 from luod.handlers.pipe import Pipe
 from luod.handlers.socket import FAMILIES, Socket, family
@@ -16,7 +17,8 @@ from luod_protocol.errors import Code, Refusal
 HANDLERS: Final[tuple[Handler, ...]] = (Memfd(), Socket(), Pipe(), Eventfd())
 """Asked in this order; exactly one recognizes a fd, so the order is for speed only."""
 
-_BY_KIND: Final[Mapping[str, Handler]] = {handler.kind: handler for handler in HANDLERS}
+_BY_KIND: Final[Mapping[str, Handler]] = {handler.kind: handler for handler in (*HANDLERS, File())}
+"""A file is recognized where none of the handlers takes it, and only where the configuration allows it: see `recognizer`."""
 
 _INSTEAD: Final[Mapping[int, str]] = {
     stat.S_IFREG: "a regular file: its path outlives any process, preserve the path or copy the content into a memfd",
@@ -42,15 +44,25 @@ _NAMED: Final[Mapping[str, str]] = {
 
 
 def recognize(probe: Probe) -> Handler:
-    """The handler of the fd's kind.
+    """The handler of the fd's kind, of all that need no configuration.
 
     Raises:
         Refusal: kind-not-supported, with what it seems to be and what to do instead.
     """
-    for handler in HANDLERS:
-        if handler.recognize(probe):
-            return handler
-    raise Refusal(Code.KIND_NOT_SUPPORTED, f"this fd is {_instead(probe)}. luod takes {', '.join(_BY_KIND)}")
+    handler = handler_of(probe)
+    if handler is None:
+        raise unknown(probe, [each.kind for each in HANDLERS])
+    return handler
+
+
+def handler_of(probe: Probe) -> Handler | None:
+    """The handler that recognizes the fd, if there is one."""
+    return next((handler for handler in HANDLERS if handler.recognize(probe)), None)
+
+
+def unknown(probe: Probe, taken: Iterable[str]) -> Refusal:
+    """The refusal of a fd that no handler recognizes."""
+    return Refusal(Code.KIND_NOT_SUPPORTED, f"this fd is {_instead(probe)}. luod takes {', '.join(taken) or 'nothing'}")
 
 
 def by_kind(kind: str) -> Handler | None:
