@@ -177,9 +177,77 @@ def test_a_symlink_put_in_the_way_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_what_the_kernel_has_not_cached_is_not_looked_up() -> None:
-    """It would have to ask somebody: a disk, a server, or a client that serves FUSE."""
-    assert cached_stat("/proc/self/no-such-file", follow=True) is None
+    with spawn_client(_wait) as client:
+        path = f"/proc/{client.pid}/limits"
+        assert cached_stat(path, follow=False) is None, "nobody has looked at it yet"
+        assert os.stat(path).st_mode == 0o100444
     assert cached_stat("/", follow=False) is not None
+
+
+def _wait(talk: Talk) -> None:
+    talk.hear()
+
+
+def _serve_fuse(talk: Talk, where: str) -> None:
+    """Mount a FUSE file system, of which this process is the server; see include/uapi/linux/fuse.h for what they say."""
+    import ctypes
+    import os
+    import select
+    import struct
+    import threading
+    from contextlib import suppress
+
+    from luod.handlers.kernel import cached_stat
+
+    init, lookup = 26, 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 1 << 18 | 1 << 14, None):  # CLONE_NEWNS; MS_PRIVATE | MS_REC
+        talk.tell(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
+        return
+    try:
+        fuse = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        talk.tell(f"no /dev/fuse: {error.strerror}")
+        return
+    options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"test", where.encode(), b"fuse", 0, options):
+        talk.tell(f"no FUSE: {os.strerror(ctypes.get_errno())}")
+        return
+
+    def asked() -> tuple[int, int]:
+        _, opcode, unique = struct.unpack_from("<IIQ", os.read(fuse, 1 << 17))
+        return opcode, unique
+
+    opcode, unique = asked()
+    assert opcode == init
+    os.write(fuse, struct.pack("<IiQIIIIHHIIHHI28x", 80, 0, unique, 7, 31, 0, 0, 0, 0, 4096, 1, 0, 0, 0))
+    poll = select.poll()
+    poll.register(fuse, select.POLLIN)
+    found = [cached_stat(f"{where}/disk.img", follow=follow) for follow in (True, False)]
+    talk.tell((found, bool(poll.poll(0))))
+
+    def look() -> None:
+        with suppress(OSError):
+            os.stat(f"{where}/disk.img")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    opcode, unique = asked()
+    os.write(fuse, struct.pack("<IiQ", 16, -2, unique))
+    thread.join()
+    talk.tell(opcode == lookup)
+    os.close(fuse)
+
+
+@pytest.mark.root
+def test_a_fuse_server_is_not_asked(tmp_path: Path) -> None:
+    """It may be a hostile client's, and never answer."""
+    with spawn_client(_serve_fuse, str(tmp_path)) as client:
+        said = client.hear()
+        if isinstance(said, str):
+            pytest.skip(said)
+        assert said == ([None, None], False)
+        assert client.hear(), "stat(2) does ask"
 
 
 def test_other_kinds_are_not_files(tmp_path: Path) -> None:
