@@ -189,40 +189,23 @@ def _wait(talk: Talk) -> None:
 
 
 def _serve_fuse(talk: Talk, where: str) -> None:
-    """Mount a FUSE file system, of which this process is the server; see include/uapi/linux/fuse.h for what they say."""
-    import ctypes
+    import errno
     import os
     import select
-    import struct
+    import stat
     import threading
     from contextlib import suppress
 
+    from fuse import LOOKUP, NoFuse, Server
     from luod.handlers.kernel import cached_stat
 
-    init, lookup = 26, 1
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 1 << 18 | 1 << 14, None):  # CLONE_NEWNS; MS_PRIVATE | MS_REC
-        talk.tell(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
-        return
     try:
-        fuse = os.open("/dev/fuse", os.O_RDWR)
-    except OSError as error:
-        talk.tell(f"no /dev/fuse: {error.strerror}")
+        server = Server(where, stat.S_IFDIR)
+    except NoFuse as none:
+        talk.tell(str(none))
         return
-    options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0".encode()
-    if libc.mount(b"test", where.encode(), b"fuse", 0, options):
-        talk.tell(f"no FUSE: {os.strerror(ctypes.get_errno())}")
-        return
-
-    def asked() -> tuple[int, int]:
-        _, opcode, unique = struct.unpack_from("<IIQ", os.read(fuse, 1 << 17))
-        return opcode, unique
-
-    opcode, unique = asked()
-    assert opcode == init
-    os.write(fuse, struct.pack("<IiQIIIIHHIIHHI28x", 80, 0, unique, 7, 31, 0, 0, 0, 0, 4096, 1, 0, 0, 0))
     poll = select.poll()
-    poll.register(fuse, select.POLLIN)
+    poll.register(server.fd, select.POLLIN)
     found = [cached_stat(f"{where}/disk.img", follow=follow) for follow in (True, False)]
     talk.tell((found, bool(poll.poll(0))))
 
@@ -232,11 +215,11 @@ def _serve_fuse(talk: Talk, where: str) -> None:
 
     thread = threading.Thread(target=look)
     thread.start()
-    opcode, unique = asked()
-    os.write(fuse, struct.pack("<IiQ", 16, -2, unique))
+    opcode, unique = server.asked()
+    server.answer(unique, error=errno.ENOENT)
     thread.join()
-    talk.tell(opcode == lookup)
-    os.close(fuse)
+    talk.tell(opcode == LOOKUP)
+    os.close(server.fd)
 
 
 @pytest.mark.root
@@ -248,6 +231,49 @@ def test_a_fuse_server_is_not_asked(tmp_path: Path) -> None:
             pytest.skip(said)
         assert said == ([None, None], False)
         assert client.hear(), "stat(2) does ask"
+
+
+def _open_fuse(talk: Talk, where: str) -> None:
+    import os
+    import stat
+    import struct
+    import threading
+    from contextlib import suppress
+
+    from fuse import OPEN, NoFuse, Server
+    from luod.handlers.base import Probe
+    from luod.handlers.file import AllowedFiles
+    from luod.handlers.kernel import cached_stat
+
+    try:
+        server = Server(where, stat.S_IFREG)
+    except NoFuse as none:
+        talk.tell(str(none))
+        return
+    opened: list[int] = []
+    thread = threading.Thread(target=lambda: opened.append(os.open(where, os.O_RDONLY)))
+    thread.start()
+    opcode, unique = server.asked()
+    assert opcode == OPEN
+    server.answer(unique, body=struct.pack("<QII", 1, 0, 0))  # struct fuse_open_out
+    thread.join()
+    probe = Probe(opened[0])
+    talk.tell((cached_stat(where, follow=False) == probe.stat, AllowedFiles([where]).path_of(probe)))
+    os.close(server.fd)
+    with suppress(OSError):  # nobody is there to flush it
+        os.close(opened[0])
+
+
+@pytest.mark.root
+def test_a_file_of_a_fuse_server_is_not_taken(tmp_path: Path) -> None:
+    """Its server can give it another inode number while luod has it, and stop an upgrade with that."""
+    path = tmp_path / "disk.img"
+    path.touch()
+    with spawn_client(_open_fuse, str(path)) as client:
+        said = client.hear()
+        if isinstance(said, str):
+            pytest.skip(said)
+        assert said == (True, None)
 
 
 def test_other_kinds_are_not_files(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ The look never waits. A path is looked up in what the kernel has cached (RESOLVE
 client runs under an allowed path isn't asked. What a client has open is cached, so this finds what is there; a network file system whose
 server the kernel would have to ask first is the exception, and is refused.
 
+A file of a FUSE mount is never taken: its server can change the inode number of a file that is open, and so stop an upgrade.
+
 Preserved: the open file, with its position and its flock(2) locks. Contents are the file's, as live as its users leave them.
 """
 
@@ -22,7 +24,7 @@ from typing import ClassVar, Final
 import attrs
 
 from luod.handlers.base import Mismatch, Probe
-from luod.handlers.kernel import Stat, cached_stat
+from luod.handlers.kernel import Stat, cached_stat, is_fuse
 from luod_protocol.records import Fact
 
 _TYPES: Final[Mapping[int, str]] = {stat.S_IFREG: "regular", stat.S_IFBLK: "block", stat.S_IFCHR: "character"}
@@ -86,7 +88,7 @@ class AllowedFiles:
         """The allowed path at which the object of this fd lies now; None: it isn't allowed. Never blocks."""
         for path, follow in self._candidates(probe):
             found = cached_stat(path, follow=follow)
-            if found is not None and _what(found) == _what(probe.stat):
+            if found is not None and _what(found) == _what(probe.stat) and not is_fuse(found.st_dev):
                 return path
         return None
 

@@ -79,6 +79,17 @@ def cached_stat(path: str, *, follow: bool) -> Stat | None:
     return None
 
 
+def is_fuse(device: int) -> bool:
+    """Whether `device`, a st_dev, is of a FUSE file system that is mounted here: proc_pid_mountinfo(5). statfs(2) would ask its server."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            mount, _, system = line.partition(" - ")
+            if mount.split()[2] == number and system.split()[0].partition(".")[0] in ("fuse", "fuseblk"):
+                return True
+    return False
+
+
 def printable(text: bytes) -> str:
     """`text` as a client chose it (a path, a name), such that a terminal shows it and does nothing else."""
     decoded = text.decode("utf-8", "backslashreplace")
