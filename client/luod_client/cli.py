@@ -78,7 +78,7 @@ def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--runtime-dir", metavar="DIR", help="where luod is (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, see `luoctl --help`")
-    common.add_argument("--owner", metavar="UID", type=_uid, help="for root: whose session")
+    common.add_argument("--owner", metavar="UID", type=_uid, help="whose session: for root, and for whom luod's configuration names")
     return common
 
 

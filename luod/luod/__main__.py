@@ -1,10 +1,11 @@
 """The daemon's command line: `luod`, or `python -m luod`.
 
 Happy path: check the machine, read the configuration, take the runtime directory, adopt what the service manager kept, serve; or succeed a
-running luod and serve. SIGHUP is an upgrade to a fresh luod, which reads the configuration again.
+running luod and serve. A successor that can't even begin says why over the handover socket, for whoever asked for the upgrade. SIGHUP is an
+upgrade to a fresh luod, which reads the configuration again.
 
-Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
-With --supervised this process becomes the parent of one that does all this (luod.supervisor).
+Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage, or a configuration that
+can't be used; 3 another luod serves. With --supervised this process becomes the parent of one that does all this (luod.supervisor).
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ import attrs
 import trio
 
 from luod import activation, listening, notify
-from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
-from luod.custody import Capacity
+from luod.capacity import capacity
+from luod.checking import as_toml
+from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
 from luod.server import Server
 from luod.succession.adoption import adopt
-from luod.succession.channel import Channel
+from luod.succession.channel import Channel, decline
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
 from luod.supervisor import command as supervisor
@@ -64,12 +66,15 @@ log = logging.getLogger("luod")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="luod", description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced."
+        prog="luod",
+        description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced.",
+        epilog="exit status: 0 ended by a signal, or replaced; 1 could not serve; 2 usage, or a bad configuration; 3 another luod serves.",
     )
     parser.add_argument(
         "--runtime-dir", metavar="DIR", help="where the sockets are (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)"
     )
     parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
+    parser.add_argument("--check-config", action="store_true", help="say what is wrong with the configuration, or what it means, and end")
     parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
     parser.add_argument(
         "--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes"
@@ -86,12 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.watchdog is not None and not (options.supervised and 0 <= options.watchdog < MAX_WATCHDOG_S):
         parser.error(f"--watchdog is for --supervised, from 0 to {MAX_WATCHDOG_S} seconds")
     logging.basicConfig(level=logging.INFO, format="luod: %(message)s", stream=sys.stderr)
+    if options.check_config:
+        return _check_config(options.config)
     try:
         _check_kernel()
         directory = os.path.abspath(runtime_dir(options.runtime_dir, os.environ, os.geteuid()))
         config = load(options.config)
     except (Refusal, ConfigFault, _TooOld) as error:
         log.error("%s", error)
+        if options.succeed_fd is not None:
+            with socket.socket(fileno=options.succeed_fd) as predecessor:
+                decline(predecessor, str(error))
         return 2 if not isinstance(error, _TooOld) else 1
     passed_on = ["--runtime-dir", directory]
     if options.config:
@@ -117,6 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_config(path: str | None) -> int:
+    try:
+        print(as_toml(load(path)), end="")
+    except ConfigFault as fault:
+        for text in fault.texts:
+            log.error("%s", text)
+        return 2
+    return 0
+
+
 class _TooOld(LuodError):
     """This machine can't run luod."""
 
@@ -131,7 +151,7 @@ def _check_kernel() -> None:
 def _prepare_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    last = min(default_max_open(), FD_TABLE) - 1
+    last = min(hard, FD_TABLE) - 1
     os.close(fcntl.fcntl(0 if _is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
 
 
@@ -141,17 +161,6 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _capacity(config: Config) -> Capacity:
-    descriptors = default_max_open()
-    connections = min(config.limits.max_connections, descriptors // 4)
-    return Capacity(
-        sessions=config.limits.max_sessions,
-        connections=connections,
-        staged_fds=descriptors - connections - min(HEADROOM_FDS, descriptors // 4),
-        preserved_fds=preserved_fds(config.limits),
-    )
 
 
 def _ask_takeover(directory: str) -> socket.socket:
@@ -316,7 +325,7 @@ class _Start:
             lock=lock,
             listeners=listeners,
             generation=generation,
-            capacity=_capacity(self.config),
+            capacity=capacity(self.config.limits),
             bound=bound,
             manager=manager,
             frozen=frozen,

@@ -19,7 +19,7 @@ from typing import Final
 
 import trio
 
-from luod.config import all_uids_are_mapped, overflow_uid
+from luod.capacity import all_uids_are_mapped, overflow_uid
 from luod.handlers import kernel
 from luod.handlers.base import Probe
 from luod.system import System, process

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import re
 import socket
 import struct
@@ -23,8 +24,9 @@ from conformance.recorded import RECORDED, RecordedProbe
 from conformance.specimens import SPECIMENS
 from luod.checks import SEALS as SEAL_NAMES
 from luod.connection import HELLO_S, MAX_IN_FLIGHT, UNREAD_S
-from luod.handlers import kinds, recognize
+from luod.handlers import kinds
 from luod.handlers.base import Probe
+from luod.handlers.recognizer import Recognizer
 from luod.store import MAX_REMEMBERED
 from luod.survival import Survives
 from luod_protocol import errors, limits, records
@@ -358,6 +360,8 @@ def check_kinds(text: str) -> None:
     for specimen in reversed(SPECIMENS):  # so that the first of a kind has the last word
         with specimen.make() as fd:
             recorded[specimen.kind] = handler_facts(Probe(fd))
+    with open(os.devnull, "rb") as device:
+        recorded["file"] = handler_facts(Probe(device.fileno()))
     assert set(recorded) == set(kinds())
     for row in table:
         facts = [ticked(fact)[0] for fact in row["facts"].split("; ") if fact]
@@ -365,7 +369,7 @@ def check_kinds(text: str) -> None:
 
 
 def handler_facts(probe: Probe) -> list[str]:
-    return list(recognize(probe).record(probe))
+    return list(Recognizer(kinds=kinds(), files=[os.devnull]).recognize(probe).record(probe))
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

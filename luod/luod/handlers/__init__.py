@@ -8,6 +8,7 @@ from typing import Final
 from luod.handlers.base import Handler, Probe
 from luod.handlers.bpf import BpfBtf, BpfLink, BpfMap, BpfProg
 from luod.handlers.eventfd import Eventfd
+from luod.handlers.file import File
 from luod.handlers.inotify import Inotify
 from luod.handlers.iommufd import Iommufd
 from luod.handlers.memfd import Memfd
@@ -46,19 +47,30 @@ HANDLERS: Final[tuple[Handler, ...]] = (
 )
 """Asked in this order; exactly one recognizes a fd, so the order is for speed only."""
 
-_BY_KIND: Final[Mapping[str, Handler]] = {handler.kind: handler for handler in HANDLERS}
+_BY_KIND: Final[Mapping[str, Handler]] = {handler.kind: handler for handler in (*HANDLERS, File())}
+"""A file is recognized where none of the handlers takes it, and only where the configuration allows it: see `recognizer`."""
 
 
 def recognize(probe: Probe) -> Handler:
-    """The handler of the fd's kind.
+    """The handler of the fd's kind, of all that need no configuration.
 
     Raises:
         Refusal: kind-not-supported, with what it seems to be and what to do instead.
     """
-    for handler in HANDLERS:
-        if handler.recognize(probe):
-            return handler
-    raise Refusal(Code.KIND_NOT_SUPPORTED, f"this fd is {instead(probe)} (`luoctl capabilities` lists the kinds that luod takes)")
+    handler = handler_of(probe)
+    if handler is None:
+        raise unknown(probe)
+    return handler
+
+
+def handler_of(probe: Probe) -> Handler | None:
+    """The handler that recognizes the fd, if there is one."""
+    return next((handler for handler in HANDLERS if handler.recognize(probe)), None)
+
+
+def unknown(probe: Probe) -> Refusal:
+    """The refusal of a fd that no handler recognizes."""
+    return Refusal(Code.KIND_NOT_SUPPORTED, f"this fd is {instead(probe)} (`luoctl capabilities` lists the kinds that luod takes)")
 
 
 def by_kind(kind: str) -> Handler | None:

@@ -23,7 +23,8 @@ import fcntl
 import functools
 import os
 import stat
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
+from typing import ClassVar, Final, Protocol
 
 from luod.handlers import devices
 from luod.handlers.kernel import printable, stat_of
@@ -31,6 +32,9 @@ from luod.manifest import Identity
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd
 from luod_protocol.records import Fact
+
+_ACCESS: Final[Mapping[int, str]] = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw", os.O_ACCMODE: "none"}
+"""The last is for open(2) with neither; the kernel gives such a fd."""
 
 
 class Mismatch(LuodError):
@@ -58,6 +62,11 @@ class Probe:
     def flags(self) -> int:
         """The file status flags, F_GETFL of fcntl(2)."""
         return fcntl.fcntl(self.fd, fcntl.F_GETFL)
+
+    @property
+    def access(self) -> str:
+        """What it is open for: r, w, rw or none."""
+        return _ACCESS[self.flags & os.O_ACCMODE]
 
     @property
     def opened(self) -> bool:
