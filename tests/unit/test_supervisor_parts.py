@@ -173,7 +173,10 @@ def test_without_a_thread_it_closes_later(monkeypatch: pytest.MonkeyPatch, capfd
     with one:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", _no_thread)
-            closer.close([OwnedFd(other.detach())])
+            read, write = os.pipe()
+            closer.close([OwnedFd(write), OwnedFd(other.detach())])
+            with OwnedFd(read):
+                assert os.read(read, 1) == b""  # a barrier needs no thread
             with pytest.raises(BlockingIOError):
                 one.recv(1, socket.MSG_DONTWAIT)
         closer.close_rest()
