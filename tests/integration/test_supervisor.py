@@ -524,10 +524,11 @@ def test_what_a_dead_daemon_left_is_killed_before_the_next_start() -> None:
         main = supervised.standin().ready()
         main.do("another")
         child = supervised.standin()
-        child.do("stubborn", signal.SIGTERM)
+        child.do("note", signal.SIGTERM)
         child.do("another")
         grandchild = supervised.standin()
         main.kill()
+        assert child.hear() == ("came", signal.SIGTERM)  # it was asked first
         again = supervised.standin()
         assert ends(child.pid)
         assert ends(grandchild.pid)

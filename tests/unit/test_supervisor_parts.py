@@ -234,4 +234,4 @@ def test_it_imports_nothing_of_the_daemon() -> None:
     assert "luod.supervisor.parent" in loaded
     assert not loaded & {"trio", "attr", "attrs", "cattrs", "msgpack", "logging", "argparse", "inspect", "asyncio"}
     ours = {name for name in loaded if name.startswith("luod") and not name.startswith("luod.supervisor")}
-    assert ours == {"luod", "luod.succession", "luod.succession.spawn", "luod_protocol", "luod_protocol.errors", "luod_protocol.fds"}
+    assert ours == {"luod", "luod.interpreter", "luod_protocol", "luod_protocol.fds"}

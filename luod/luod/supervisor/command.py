@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple, NoReturn
 
-from luod.succession.spawn import interpreter
+from luod.interpreter import interpreter
 
 LIMIT: Final = 3000
 """How many descriptors can be stored, unless said otherwise: names of 42 characters fit the environment then, see `store`."""
