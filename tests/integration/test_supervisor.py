@@ -378,6 +378,12 @@ def test_a_daemon_that_was_ready_is_started_again_however_it_ended(status: int) 
         assert f"ended with status {status}; it had last said: 'so long'" in supervised.stderr
 
 
+def test_a_daemon_that_was_ready_once_is_started_again_even_if_it_cannot_start() -> None:
+    with Supervised() as supervised:
+        crash(supervised, supervised.standin().ready()).order("end", 3)
+        supervised.standin().ready()
+
+
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_it_and_says_what_ends_with_it(sig: signal.Signals) -> None:
     with Supervised() as supervised:
@@ -448,22 +454,23 @@ def test_without_the_supervisor_the_daemon_goes_on() -> None:
 
 def test_a_daemon_that_says_nothing_is_aborted() -> None:
     with Supervised("watchdog_s=0.2") as supervised:
-        standin = supervised.standin().ready()
+        standin = supervised.standin()
         standin.do("store", "guest", b"memory")
-        standin.gone()
-        again = supervised.standin()
-        assert again.do("stored") == [("guest", b"memory")]
+        standin.order("notify", "READY=1")
+        assert ends(standin.pid)
+        assert supervised.standin().do("stored") == [("guest", b"memory")]
         assert "was killed by SIGABRT" in supervised.stderr
 
 
+@pytest.mark.slow
 def test_a_daemon_that_pings_is_left_alone_and_so_is_one_that_starts() -> None:
-    with Supervised("watchdog_s=0.3") as supervised:
+    with Supervised("watchdog_s=1") as supervised:
         standin = supervised.standin()
         with OwnedFd(os.pidfd_open(standin.pid)) as pidfd:
-            assert not readable(pidfd.fileno(), 0.5)  # not ready yet: no watchdog
+            assert not readable(pidfd.fileno(), 1.2)  # not ready yet: no watchdog
             standin.ready()
-            for _ in range(12):
-                assert not readable(pidfd.fileno(), 0.05)
+            for _ in range(60):
+                assert not readable(pidfd.fileno(), 0.02)
                 standin.do("notify", "WATCHDOG=1")
         standin.gone()  # and now it says nothing
         supervised.wait_stderr("was killed by SIGABRT")
@@ -475,38 +482,41 @@ def test_a_daemon_that_asks_for_it_is_aborted() -> None:
         standin.order("notify", "WATCHDOG=trigger")
         assert ends(standin.pid)
         supervised.standin().ready()
+        assert "was killed by SIGABRT" in supervised.stderr
 
 
-@pytest.mark.parametrize("how", ["ignores SIGABRT", "is stopped"])
-def test_a_daemon_that_does_not_abort_is_killed(how: str) -> None:
-    with Supervised("watchdog_s=0.1", "abort_s=0.1") as supervised:
+def test_a_daemon_that_is_stopped_is_aborted() -> None:
+    with Supervised("watchdog_s=0.2") as supervised:
         standin = supervised.standin()
-        if how == "ignores SIGABRT":
-            standin.do("stubborn", signal.SIGABRT)
-        standin.do("notify", "READY=1")
-        if how == "is stopped":
-            os.kill(standin.pid, signal.SIGSTOP)
+        standin.order("notify", "READY=1")
+        standin.order("kill", standin.pid, signal.SIGSTOP)
+        assert ends(standin.pid)
+        supervised.wait_stderr("was killed by SIGABRT")
+
+
+def test_a_daemon_that_does_not_abort_is_killed() -> None:
+    with Supervised("abort_s=0.1") as supervised:
+        standin = supervised.standin()
+        standin.do("stubborn", signal.SIGABRT)
+        standin.order("notify", "WATCHDOG=trigger")
         assert ends(standin.pid)
         supervised.standin().ready()
+        assert "was killed by SIGKILL" in supervised.stderr
 
 
-def test_a_daemon_that_does_not_become_ready_is_ended_and_started_again() -> None:
-    with Supervised("start_s=0.3", "rest_s=0.1") as supervised:
-        polite = supervised.standin()
-        polite.gone()
-        stubborn = supervised.standin()
-        stubborn.do("stubborn", signal.SIGTERM)
-        stubborn.gone()
-        supervised.standin().ready()
-        assert "wasn't ready within 0.3 s" in supervised.stderr
+@pytest.mark.parametrize(("arguments", "sig"), [([], "SIGTERM"), (["first=stubborn"], "SIGKILL")])
+def test_a_daemon_that_does_not_become_ready_is_ended_and_started_again(arguments: list[str], sig: str) -> None:
+    with Supervised("start_s=0.5", "rest_s=0.1", *arguments) as supervised:
+        supervised.wait_stderr(f"(?s)wasn't ready within 0.5 s: SIGTERM.*was killed by {sig}.*starting the daemon again")
 
 
 def test_a_daemon_that_says_it_stops_and_does_not_is_ended() -> None:
     with Supervised("stop_s=0.1") as supervised:
         standin = supervised.standin().ready()
-        standin.do("notify", "STOPPING=1")
-        standin.gone()
+        standin.order("notify", "STOPPING=1")
+        assert ends(standin.pid)
         supervised.standin().ready()
+        assert "was killed by SIGTERM" in supervised.stderr
 
 
 def test_what_a_dead_daemon_left_is_killed_before_the_next_start() -> None:
@@ -514,10 +524,11 @@ def test_what_a_dead_daemon_left_is_killed_before_the_next_start() -> None:
         main = supervised.standin().ready()
         main.do("another")
         child = supervised.standin()
-        child.do("stubborn", signal.SIGTERM)
+        child.do("note", signal.SIGTERM)
         child.do("another")
         grandchild = supervised.standin()
         main.kill()
+        assert child.hear() == ("came", signal.SIGTERM)  # it was asked first
         again = supervised.standin()
         assert ends(child.pid)
         assert ends(grandchild.pid)
@@ -536,7 +547,7 @@ def test_an_orphan_that_is_not_the_daemons_is_let_live_and_reaped() -> None:
         assert orphan.do("signals")[0] == []  # it lives
         os.kill(pid, signal.SIGKILL)
         orphan.gone()
-        assert ends(pid)
+        until(lambda: not os.path.exists(f"/proc/{pid}"), "the orphan is not reaped")
 
 
 # ------------------------------------------------------------------------------------------------------------------- and more
@@ -559,9 +570,8 @@ def test_as_pid_1_it_reaps_everybody_and_ends() -> None:
         main.gone()
         again = supervised.standin().ready()
         assert again.do("stored") == [("guest", b"memory")]
-        assert again.do("is_gone", pid)
-        again.do("kill", 1, signal.SIGTERM)
-        again.gone()
+        until(lambda: again.do("is_gone", pid), "the orphan is not reaped")
+        again.order("kill", 1, signal.SIGTERM)
         assert supervised.wait() == 0
 
 

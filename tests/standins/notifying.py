@@ -203,7 +203,9 @@ def say(value: object) -> None:
 
 
 def main() -> None:
-    """Do as told, until nobody tells."""
+    """Do as told, until nobody tells. With the argument `stubborn` SIGTERM is ignored."""
+    if "stubborn" in sys.argv[2:]:
+        stubborn(signal.SIGTERM)
     _talk.connect(sys.argv[1])
     say((os.getpid(), sys.argv[2:], {name: os.environ[name] for name in VARIABLES if name in os.environ}))
     with _talk.makefile("rb") as orders:

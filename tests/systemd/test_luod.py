@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -326,7 +327,7 @@ def play(manager: Manager, disturb: Callable[[], None], times: int, seed: int) -
     unsure: dict[bytes, tuple[str, bytes]] = {}
     done: set[bytes] = set()
 
-    def note(said: tuple[str, bytes, str, bytes]) -> None:
+    def note(said: Any) -> None:
         match said:
             case ("trying", session_id, name, content):
                 unsure[session_id] = (name, content)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
+from luod.interpreter import interpreter
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import OwnedFd
 
@@ -37,12 +37,3 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
         raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]:.200} can't be started: {error.strerror}") from None
     finally:
         os.close(inherited)
-
-
-def interpreter() -> list[str]:
-    """This interpreter, with the -X dev and -W options that it has itself, passed on as subprocess does."""
-    # -P: never import from the folder that happens to be the current one.
-    command = [sys.executable, "-P", *(["-X", "dev"] if sys.flags.dev_mode else [])]
-    for warning in sys.warnoptions:
-        command += ["-W", warning]
-    return command

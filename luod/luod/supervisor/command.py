@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple, NoReturn
 
-from luod.succession.spawn import interpreter
+from luod.interpreter import interpreter
 
 LIMIT: Final = 16_500
 """How many descriptors can be stored, unless said otherwise: as many sessions as luod takes, and a few more."""
