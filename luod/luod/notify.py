@@ -29,6 +29,7 @@ from typing import Final
 import attrs
 import trio
 
+from luod.inflight import insist
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd, own
 
@@ -113,7 +114,7 @@ class Manager:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         try:
             with trio.fail_after(ANSWER_S):
-                await self._sock.sendmsg(["\n".join(fields).encode()], rights, socket.MSG_NOSIGNAL, self._address)
+                await insist(lambda: self._sock.sendmsg(["\n".join(fields).encode()], rights, socket.MSG_NOSIGNAL, self._address))
         except trio.TooSlowError:
             raise ManagerFault(f"{self.info.name} takes no messages: its queue was full for {ANSWER_S:g} s") from None
         except OSError as error:
@@ -127,7 +128,7 @@ class Manager:
         Raises:
             ManagerFault: unhappy paths 2 and 3.
         """
-        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self.tell("BARRIER=1", fds=[theirs.fileno()])
@@ -139,6 +140,19 @@ class Manager:
     def close(self) -> None:
         """Say no more."""
         self._sock.close()
+
+
+def pipe() -> tuple[OwnedFd, OwnedFd]:
+    """A pipe's ends, to read and to write. The caller owns them.
+
+    Raises:
+        ManagerFault: luod has no descriptor left.
+    """
+    try:
+        read, write = own(os.pipe2(os.O_CLOEXEC))
+    except OSError as error:
+        raise ManagerFault(f"luod can't make a pipe for the service manager: {error.strerror}") from None
+    return read, write
 
 
 def hung_up(pipe: OwnedFd) -> bool:

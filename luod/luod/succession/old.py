@@ -15,12 +15,12 @@ Invariants: only receives are cancelled by the freeze; no step waits for a clien
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import trio
@@ -54,7 +54,7 @@ from luod.succession.other import reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
-from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.fds import OwnedFd, close_all, duplicate
 from luod_protocol.limits import MAX_FDS_PER_PACKET
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
@@ -66,6 +66,9 @@ BUG = "luod has a bug in its handover and logged it"
 
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
+
+ENDED = (errno.EPIPE, errno.ECONNRESET)
+"""What a send says when the other end is gone."""
 
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
@@ -204,13 +207,20 @@ class OldSide:
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
         )
-        with OwnedFd(os.pidfd_open(os.getpid())) as pidfd:
+        try:
+            pidfd = OwnedFd(os.pidfd_open(os.getpid()))
+        except OSError as error:
+            self._fail(OldEvent.LATE, _cannot(error))
+        with pidfd:
             await self._send(offer, [*fds, pidfd.fileno()])
         return meet
 
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
-            await self._send_box(session, self._send)
+            try:
+                await self._send_box(session, self._send)
+            except OSError as error:  # no descriptor for a duplicate
+                self._fail(OldEvent.LATE, _cannot(error))
         await self._send(Copied())
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
@@ -235,9 +245,11 @@ class OldSide:
         said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
             try:
-                with suppress(OSError):
-                    await self._send_live()
-                event, said = await self._events.receive()
+                unsent = await self._try_send_live()
+                if unsent:
+                    said = unsent
+                else:
+                    event, said = await self._events.receive()
             except Exception:
                 # Frozen: whatever it is, there is one way back.
                 event, said = OldEvent.DECLINED, BUG
@@ -254,6 +266,15 @@ class OldSide:
         self._step(found)
         if found is OldEvent.QUEUE_EMPTY:
             raise HandoverFailed(f"after the freeze: {said}")
+
+    async def _try_send_live(self) -> str:
+        """Send what is live. Returns why this process can't, or nothing."""
+        try:
+            await self._send_live()
+        except OSError as error:
+            if error.errno not in ENDED:
+                return _cannot(error)
+        return ""
 
     async def _send_live(self) -> None:
         connections = 0
@@ -323,8 +344,12 @@ class OldSide:
                 continue
             except trio.TooSlowError:
                 self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
-            except (OSError, trio.ClosedResourceError):
-                pass  # the listener has heard of it too
+            except trio.ClosedResourceError:
+                pass
+            except OSError as error:
+                # The end of the socket the listener has heard of too.
+                if error.errno not in ENDED:
+                    self._post.send_nowait((OldEvent.LATE, _cannot(error)))
             await self._over.wait()
             return
 
@@ -344,7 +369,7 @@ class OldSide:
         # A duplicate: the session may be finished while this waits for room.
         if session.sealed is not None:
             message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by), stored=session.stored)
-            with OwnedFd(os.dup(session.sealed.box.fileno())) as box:
+            with duplicate(session.sealed.box.fileno()) as box:
                 await send(message, [box.fileno()])
 
     # --------------------------------------------------------------------------------------------------------- inside
@@ -355,7 +380,9 @@ class OldSide:
                 await self._channel.send(message, fds)
         except trio.TooSlowError:
             self._fail(OldEvent.LATE, f"the successor took nothing for {self._bounds.copy_s:g} s")
-        except OSError:
+        except OSError as error:
+            if error.errno not in ENDED:
+                self._fail(OldEvent.LATE, _cannot(error))
             event, said = await self._events.receive()
             self._fail(event, said)
 
@@ -423,3 +450,7 @@ class OldSide:
             self.fate = reap(self._successor.fileno())
             for waiting in self._let_go.values():
                 waiting.set()
+
+
+def _cannot(error: OSError) -> str:
+    return f"this luod can't send it all: {error.strerror}"
