@@ -1,10 +1,11 @@
-"""Another process of luod's own uid has as many fds in flight as the uid may have: luod refuses what it can't pass, loses nothing, waits for
-nobody for ever, and goes on when there is room again."""
+"""Another process of luod's own uid has as many fds in flight as the uid may have: luod refuses what it can't pass, loses nothing, waits
+for nobody for ever, and goes on when there is room again."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def _few_in_flight(daemon: Daemon) -> Generator[Client]:
         yield neighbour
 
 
-def _says(client: Client, verb: str) -> object:
+def _says(client: Client, verb: str) -> Any:
     client.tell(verb)
     return client.hear()
 
@@ -85,7 +86,7 @@ def _says(client: Client, verb: str) -> object:
 def test_others_of_luods_uid_have_all_in_flight() -> None:
     with Daemon(user=ALICE) as daemon, _few_in_flight(daemon) as neighbour:
         where = daemon.runtime_dir
-        code, message = _says(neighbour, "finalize")  # type: ignore[misc]  # what it says
+        code, message = _says(neighbour, "finalize")
         assert code == Code.LIMIT_REACHED.value
         assert "ETOOMANYREFS" in message
         with luod_client.control(runtime_dir=where) as control, pytest.raises(Refusal) as caught:
