@@ -12,10 +12,13 @@ CFLAGS ?= -O2 -g
 WARNINGS := -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Werror
 CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 
+FUZZ_S ?= 60
+TARGETS ?= codec connection packet a_manifest a_box a_ledger notification
+
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test demo bench fuzz lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -26,6 +29,9 @@ demo: $(READY)-test  ## the whole story on this machine
 
 bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 	@PYTHONPATH=tests $(BIN)/python benchmarks/bench.py --fdmove $(BENCH) $(ARGS)
+
+fuzz: $(READY)-fuzz  ## each target for FUZZ_S seconds under a fuzzer; what breaks one is kept in .fuzz
+	@for target in $(TARGETS); do echo "make: $$target"; PYTHONPATH=tests $(BIN)/python tests/fuzzing.py $$target $(FUZZ_S) || exit 1; done
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 
@@ -54,7 +60,7 @@ install-systemd:  ## what is in systemd/, for a luod in PREFIX/bin; below DESTDI
 	@[ -e $(ETC)/luod/luod.toml ] || install -m 644 systemd/luod.toml $(ETC)/luod/
 
 clean:
-	@rm -rf $(VENV) benchmarks/build build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) .fuzz benchmarks/build build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY)-test: pyproject.toml
@@ -75,6 +81,10 @@ $(READY)-test: pyproject.toml
 
 $(READY)-lint: $(READY)-test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+$(READY)-fuzz: $(READY)-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,fuzz]'
 	@touch $@
 
 $(BENCH): benchmarks/c/fdmove.c

@@ -200,7 +200,7 @@ def _look_nested(outer: _Content, places: Sequence[int]) -> list[OwnedFd]:
             if index >= len(outer.fds):
                 raise BoxFault(f"the box holds {len(outer.fds)} inner boxes, number {index} is missing")
             start = index * MAX_FDS_PER_PACKET
-            inner = _Content(outer.fds[index].fileno())
+            inner = _inner(outer.fds[index].fileno())
             try:
                 if inner.layout != _INNER:
                     raise BoxFault("an inner box isn't one")
@@ -212,6 +212,15 @@ def _look_nested(outer: _Content, places: Sequence[int]) -> list[OwnedFd]:
         return _pick_found(found, places)
     finally:
         close_all(found.values())
+
+
+def _inner(fd: int) -> _Content:
+    try:
+        return _Content(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOTSOCK, errno.ENOTCONN, errno.EINVAL, errno.EBADF):
+            raise BoxFault("an inner box isn't one") from None
+        raise
 
 
 def _pick_found(found: dict[int, OwnedFd], places: Sequence[int]) -> list[OwnedFd]:

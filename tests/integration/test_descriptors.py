@@ -64,3 +64,20 @@ def test_without_a_descriptor_left(daemon: Daemon) -> None:
         assert isinstance(other.ask({"type": "retrieve", "seq": 2, "names": ["irq"]}), m.Retrieved)
         assert isinstance(other.ask({"type": "finish", "seq": 2, "session_id": SESSION_ID}), m.Finished)
         assert let_go(read, 0)
+
+
+def test_a_long_answer_waits_for_a_descriptor(daemon: Daemon) -> None:
+    """It travels in a memfd."""
+    with Raw(daemon.runtime_dir) as raw, eventfd() as irq, Raw(daemon.runtime_dir, Endpoint.DESERIALIZE) as other:
+        raw.open()
+        for number in range(3):
+            spec = m.EntrySpec(name=f"irq-{number}", metadata=b"x" * 30_000)
+            assert isinstance(raw.ask(m.Preserve(seq=3, entries=(spec,)), [irq.fileno()]), m.Preserved)
+        with _descriptors_left(daemon, 2, 0):
+            other.say({"type": "show", "seq": 1, "session": "guest"})
+            assert isinstance(raw.ask({"type": "capabilities", "seq": 1}), m.DaemonCapabilities)
+            assert isinstance(raw.ask({"type": "capabilities", "seq": 1}), m.DaemonCapabilities)
+            assert not list(other.present())
+        shown = other.hear()
+        assert isinstance(shown, m.Shown)
+        assert len(shown.entries) == 3
