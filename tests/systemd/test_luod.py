@@ -418,3 +418,18 @@ def test_clients_know_that_luod_was_killed() -> None:
         with pytest.raises(Refusal) as refused:
             luod_client.finalize_again(session.id, runtime_dir=manager.runtime_dir)
         assert refused.value.code is Code.NO_SUCH_SESSION
+
+
+def test_a_unit_that_does_not_listen_refuses_upgrades() -> None:
+    """systemd would end the unit with its main process, and the successor with it."""
+    with running("[Service]\nType=exec\nNotifyAccess=none\nWatchdogSec=0\nFileDescriptorStoreMax=0\n") as manager:
+        until(lambda: os.path.exists(f"{manager.runtime_dir}/control"), "luod")
+        preserve_memfd(manager, "guest", b"content", require=("daemon-upgrade",))
+        with (
+            luod_client.control(runtime_dir=manager.runtime_dir) as control,
+            pytest.raises(Refusal, match="Type=notify and NotifyAccess=main") as refused,
+        ):
+            control.upgrade()
+        assert refused.value.code is Code.UPGRADE_FAILED
+        assert status(manager).manager == ""
+        assert take_back(manager, "guest") == b"content"
