@@ -1,9 +1,9 @@
 """The guest: a kernel of 168 bytes that counts for ever, on the serial port.
 
-Theory. A count is kept three times, so that what gets lost shows: in EBX, in a word of RAM at 2 MiB, and in a journal of the last `JOURNAL_COUNTS`
-counts at 4 MiB. The guest also leaves a mark every 16 MiB, in all of its RAM: a word that is its own address. In every round it compares
-the register with the word in RAM and looks at one of the marks, in turn, and halts for ever when something differs. So a guest that counts on
-has its registers and its RAM.
+Theory. A count is kept three times, so that what gets lost shows: in EBX, in a word of RAM at 2 MiB, and in a journal of the last
+`JOURNAL_COUNTS` counts at 4 MiB. The guest also leaves a mark every 16 MiB, in all of its RAM: a word that is its own address. In every
+round it compares the register with the word in RAM and looks at one of the marks, in turn, and halts for ever when something differs. So
+a guest that counts on has its registers and its RAM.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A QEMU process on RAM that it was given, and the words that it is told over QMP.
 
 Theory. QEMU opens `/proc/self/fd/N`, an inherited memfd, as the file behind its RAM, and maps it shared. With the migration capability
-`x-ignore-shared` its migration stream then leaves RAM out: what remains is the state of the processor and the devices, some hundred kilobytes.
-QMP's `getfd` takes a fd over the same socket (SCM_RIGHTS), which `migrate` writes to and `migrate-incoming` reads from.
+`x-ignore-shared` its migration stream then leaves RAM out: what remains is the state of the processor and the devices, some hundred
+kilobytes. QMP's `getfd` takes a fd over the same socket (SCM_RIGHTS), which `migrate` writes to and `migrate-incoming` reads from.
 
 Invariant: no QEMU outlives the block of its `Qemu`, or the process that started it.
 """

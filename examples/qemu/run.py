@@ -51,11 +51,11 @@ _READ_BYTES: Final = 65536
 class Moved:
     """A guest's way from one QEMU to the next, as it was seen from outside. Times in milliseconds.
 
-    `pause_ms` is from the word `stop` to the first new count, whole, and of that: `out_ms` until luod had everything and the old QEMU had ended,
-    `luod_ms` for luod's replacement, `in_ms` for all that the new QEMU needed, its start included. `ram_file` is the memfd, as device and
-    inode; `*_mapped_bytes` is how much of it the two QEMUs had mapped. `holders` are processes that had it open in between.
-    `in_use_bytes` is what the RAM takes of this machine. `last_before`, `first_after` and `last_after` are what the serial port said; `wrong`
-    is what was lost or repeated, there or in RAM, else empty.
+    `pause_ms` is from the word `stop` to the first new count, and of that: `out_ms` until luod had everything and the old QEMU had
+    ended, `luod_ms` for luod's replacement, `in_ms` for all that the new QEMU needed, its start included. `ram_file` is the memfd, as
+    device and inode; `*_mapped_bytes` is how much of it the two QEMUs had mapped. `holders` are processes that had it open in between.
+    `in_use_bytes` is what the RAM takes of this machine. `last_before`, `first_after` and `last_after` are what the serial port said;
+    `wrong` is what was lost or repeated, there or in RAM, else empty.
     """
 
     ram_bytes: int
@@ -276,9 +276,7 @@ def story(sizes_mib: Sequence[int], *, quiet: bool) -> list[Moved]:
             moved = move(size * MIB, folder, folder)
             runs.append(moved)
             say(f"  QEMU {moved.old_pid}: … {moved.last_before}. Stopped; it wrote {moved.state_bytes:,} bytes of state, and ended.")
-            say(
-                f"  luod has RAM, state and serial port, no process has them open; process {moved.luod_pids[0]} is replaced by {moved.luod_pids[1]}."
-            )
+            say(f"  luod has RAM, state and serial port, and is replaced: process {moved.luod_pids[0]} by process {moved.luod_pids[1]}.")
             say(f"  QEMU {moved.new_pid}: {moved.first_after}, … {moved.last_after}.")
     return runs
 
