@@ -9,6 +9,7 @@ Invariant: no QEMU outlives the block of its `Qemu`, or the process that started
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -131,7 +132,9 @@ class Qemu:
             while b"\n" not in self._read:
                 if not select.select([self._qmp], [], [], PATIENCE_S)[0]:
                     raise self._lost(f"{kind!r} was due", f"nothing came within {PATIENCE_S:.0f} s")
-                part = self._qmp.recv(_READ_BYTES)
+                part = b""
+                with contextlib.suppress(ConnectionResetError):  # it has ended with a word of ours unread
+                    part = self._qmp.recv(_READ_BYTES)
                 if not part:
                     raise self._lost(f"{kind!r} was due", "it has ended")
                 self._read += part
