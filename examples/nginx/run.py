@@ -264,7 +264,7 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
     if found is None:
         packages = "nginx apache2-utils"
-        raise DemoFault(f"{name} is not installed: on Debian: RUNLEVEL=1 apt-get install --no-install-recommends {packages}")
+        raise DemoFault(f"{name} is not installed: on Debian: apt-get install --no-install-recommends {packages}")
     return found
 
 
@@ -428,7 +428,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--requests",
         type=int,
-        default=6000,
+        default=8000,
         metavar="N",
         help="how many to send, twice; about 1,000 are answered a second (default: %(default)s)",
     )
