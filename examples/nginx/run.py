@@ -433,8 +433,8 @@ def _arguments() -> argparse.Namespace:
         help="how many to send, twice; about 1,000 are answered a second (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    if arguments.requests < 3 * STEP_REQUESTS:
-        parser.error(f"--requests {arguments.requests}: at least {3 * STEP_REQUESTS}")
+    if arguments.requests < 2 * STEP_REQUESTS:
+        parser.error(f"--requests {arguments.requests}: at least {2 * STEP_REQUESTS}")
     return arguments
 
 

@@ -81,8 +81,8 @@ def test_nobody_is_refused_and_what_is_replaced_in_peace_loses_nothing() -> None
 def test_a_load_that_ends_too_early_fails_it() -> None:
     need_program("nginx", "nginx")
     need_program("ab", "apache2-utils")
-    # As many as are due until nginx is to be replaced: they are answered before that can be done.
-    status, out, err = example("--json", "--requests", "1500")
+    # As many as are due until nginx is to be replaced: none is left for the new one.
+    status, out, err = example("--json", "--requests", "1000")
     assert (status, out) == (1, "")
     assert "say --requests, and more of them" in err
 
@@ -109,7 +109,7 @@ def test_without_the_load_generator_it_says_what_to_install(tmp_path: Path) -> N
     assert err == ("run.py: ab is not installed: on Debian: apt-get install --no-install-recommends nginx apache2-utils\n")
 
 
-@pytest.mark.parametrize("arguments", [("--requests", "1499"), ("--requests", "x"), ("stop",)])
+@pytest.mark.parametrize("arguments", [("--requests", "999"), ("--requests", "x"), ("stop",)])
 def test_it_has_a_usage(arguments: tuple[str, ...]) -> None:
     status, out, err = example(*arguments)
     assert (status, out) == (2, "")
@@ -205,7 +205,7 @@ def test_refused_requests_are_told_from_others(run: ModuleType, tmp_path: Path) 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with run.Load(port, 100, tmp_path / "ab.out") as load:
-        assert load.counted() == (100, 0, 0)
+        assert load.counted()[:2] == (100, 0)
 
 
 def test_who_waits_in_a_backlog_is_counted(run: ModuleType) -> None:
