@@ -14,6 +14,7 @@ from typing import Any
 
 from luod import lifecycle
 from luod.succession import new_table, old_table
+from luod.supervisor import phases
 
 DOCUMENT = Path(__file__).parent.parent / "ARCHITECTURE.md"
 
@@ -23,6 +24,7 @@ TABLES: Mapping[str, tuple[Table, StrEnum]] = {
     "session": (lifecycle.TABLE, lifecycle.SessionState.OPEN),
     "old": (old_table.TABLE, old_table.OldState.SERVING),
     "new": (new_table.TABLE, new_table.NewState.STARTING),
+    "supervisor": (phases.TABLE, phases.Phase.WAITING),
 }
 """Name, table, and the state in which a life begins."""
 

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Whether all tests run."""
     left_out = config.stash.get(_LEFT_OUT, 0)
-    return [f"not root: {left_out} tests with several users are left out"] if left_out else []
+    return [f"not root: {left_out} tests that need root are left out"] if left_out else []
 
 
 def pytest_collection_finish() -> None:

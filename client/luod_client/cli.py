@@ -51,6 +51,12 @@ def _uid(text: str) -> int:
     return int(text)
 
 
+def _pid(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pid")
+    return int(text)
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -72,7 +78,7 @@ def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--runtime-dir", metavar="DIR", help="where luod is (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout, see `luoctl --help`")
-    common.add_argument("--owner", metavar="UID", type=_uid, help="for root: whose session")
+    common.add_argument("--owner", metavar="UID", type=_uid, help="whose session: for root, and for whom luod's configuration names")
     return common
 
 
@@ -141,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("upgrade", "end:upgrade", "replace luod by a fresh one")
     sub.add_argument("--program", default="", metavar="PATH", help="the executable to start (default: the daemon's own)")
+    sub.add_argument(
+        "--of",
+        metavar="PID",
+        type=_pid,
+        default=0,
+        help="luod's process: wait for its end too, and give up when it ends and no successor answers (for service managers)",
+    )
     command("demo", "", "show the whole story on this machine, in seconds", add_help=False)
     return parser
 

@@ -47,13 +47,24 @@ _ENTRY_BYTES: Final = 48
 _NAME_BYTES: Final = 3
 """A msgpack str of at most 255 bytes has a length field of 1 or 2 bytes."""
 
+IO_URING: Final = "anon_inode:[io_uring]"
+"""What the link of an io_uring's fd in /proc says (io_uring/io_uring.c)."""
+
 
 class NotPassed(OSError):
-    """sendmsg(2) failed because of a fd. `index` is its place among the fds that were to be sent."""
+    """sendmsg(2) failed because of a fd.
 
-    def __init__(self, number: int, text: str, index: int) -> None:
+    Args:
+        number: the errno.
+        text: what it means.
+        index: the fd's place among those that were to be sent.
+        what: where the fd's link in /proc points, empty when that is unknown.
+    """
+
+    def __init__(self, number: int, text: str, index: int, what: str) -> None:
         super().__init__(number, text)
         self.index = index
+        self.what = what
 
 
 class _InFlight(Refusal):
@@ -331,10 +342,11 @@ def _not_sent(request: m.Request, error: OSError) -> Refusal:
         name = request.entries[error.index].name
         if error.errno == errno.EBADF:
             return Refusal(Code.BAD_REQUEST, f"entry {name!r}: its fd is not open in this process", entry=name)
+        what = "an io_uring" if error.what == IO_URING else f"{error.what or 'of an unknown kind'}"
         return Refusal(
             Code.KIND_NOT_SUPPORTED,
-            f"entry {name!r}: the kernel refuses to pass its fd to another process ({error.strerror}), as it does for an io_uring: "
-            "close it, and set up another after the replacement",
+            f"entry {name!r}: its fd is {what}, which the kernel passes to no other process ({error.strerror}): leave it out, close it "
+            "when all it does is done, and set up another after the replacement",
             entry=name,
         )
     return Refusal(Code.SYSTEM_ERROR, f"{request.type} could not be sent, and wasn't: {error.strerror or error}")

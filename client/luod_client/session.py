@@ -191,7 +191,7 @@ class Deserializer(_Looker):
 
         Args:
             session: its name, or empty when `session_id` is given.
-            owner: for root: whose session.
+            owner: whose session: for root, and for whom luod's configuration lets claim it.
             force: also when a process that retrieved from it is still alive.
 
         Raises:

@@ -1,9 +1,11 @@
 """The daemon's command line: `luod`, or `python -m luod`.
 
 Happy path: check the machine, read the configuration, take the runtime directory, adopt what the service manager kept, serve; or succeed a
-running luod and serve. SIGHUP is an upgrade to a fresh luod, which reads the configuration again.
+running luod and serve. A successor that can't even begin says why over the handover socket, for whoever asked for the upgrade. SIGHUP is an
+upgrade to a fresh luod, which reads the configuration again.
 
-Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
+Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage, or a configuration that
+can't be used; 3 another luod serves. With --supervised this process becomes the parent of one that does all this (luod.supervisor).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -25,16 +27,18 @@ import attrs
 import trio
 
 from luod import activation, listening, notify
-from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
-from luod.custody import Capacity
+from luod.capacity import capacity
+from luod.checking import as_toml
+from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
 from luod.server import Server
 from luod.succession.adoption import adopt
-from luod.succession.channel import Channel
+from luod.succession.channel import Channel, decline
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.supervisor import command as supervisor
 from luod.system import System
 from luod_protocol import messages as m
 from luod_protocol import wire
@@ -51,6 +55,8 @@ OLDEST_KERNEL: Final = (5, 15)
 FD_TABLE: Final = 65_536
 """The descriptor table is grown to this once, at the start: growing it later, with a thread alive, waits for an RCU grace period."""
 
+MAX_WATCHDOG_S: Final = 86_400
+
 COURTESY_S: Final = 0.005
 """How long a successor leaves its first moments to the clients that waited, in seconds."""
 
@@ -60,29 +66,51 @@ log = logging.getLogger("luod")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="luod", description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced."
+        prog="luod",
+        description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced.",
+        epilog="exit status: 0 ended by a signal, or replaced; 1 could not serve; 2 usage, or a bad configuration; 3 another luod serves.",
     )
     parser.add_argument(
         "--runtime-dir", metavar="DIR", help="where the sockets are (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)"
     )
     parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
+    parser.add_argument("--check-config", action="store_true", help="say what is wrong with the configuration, or what it means, and end")
     parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
+    parser.add_argument(
+        "--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes"
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=float,
+        help="with --supervised: restart a luod that is silent for so long (default: 30; 0: never)",
+    )
     parser.add_argument("--succeed-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"luod {RELEASE}")
     options = parser.parse_args(argv)
+    if options.watchdog is not None and not (options.supervised and 0 <= options.watchdog < MAX_WATCHDOG_S):
+        parser.error(f"--watchdog is for --supervised, from 0 to {MAX_WATCHDOG_S} seconds")
     logging.basicConfig(level=logging.INFO, format="luod: %(message)s", stream=sys.stderr)
+    if options.check_config:
+        return _check_config(options.config)
     try:
         _check_kernel()
         directory = os.path.abspath(runtime_dir(options.runtime_dir, os.environ, os.geteuid()))
         config = load(options.config)
     except (Refusal, ConfigFault, _TooOld) as error:
         log.error("%s", error)
+        if options.succeed_fd is not None:
+            with socket.socket(fileno=options.succeed_fd) as predecessor:
+                decline(predecessor, str(error))
         return 2 if not isinstance(error, _TooOld) else 1
     passed_on = ["--runtime-dir", directory]
     if options.config:
         passed_on += ["--config", os.path.abspath(options.config)]
-    _prepare_descriptors()
     try:
+        if options.supervised:
+            watchdog_s = supervisor.Settings().watchdog_s if options.watchdog is None else options.watchdog
+            supervisor.become(passed_on, ["--takeover"] if options.takeover else [], watchdog_s)
+        _prepare_descriptors()
         handover = _ask_takeover(directory) if options.takeover else None
         if options.succeed_fd is not None:
             os.set_inheritable(options.succeed_fd, False)
@@ -96,6 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+    return 0
+
+
+def _check_config(path: str | None) -> int:
+    try:
+        print(as_toml(load(path)), end="")
+    except ConfigFault as fault:
+        for text in fault.texts:
+            log.error("%s", text)
+        return 2
     return 0
 
 
@@ -113,7 +151,7 @@ def _check_kernel() -> None:
 def _prepare_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    last = min(default_max_open(), FD_TABLE) - 1
+    last = min(hard, FD_TABLE) - 1
     os.close(fcntl.fcntl(0 if _is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
 
 
@@ -123,17 +161,6 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _capacity(config: Config) -> Capacity:
-    descriptors = default_max_open()
-    connections = min(config.limits.max_connections, descriptors // 4)
-    return Capacity(
-        sessions=config.limits.max_sessions,
-        connections=connections,
-        staged_fds=descriptors - connections - min(HEADROOM_FDS, descriptors // 4),
-        preserved_fds=preserved_fds(config.limits),
-    )
 
 
 def _ask_takeover(directory: str) -> socket.socket:
@@ -198,9 +225,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
                 await trio.sleep_forever()
             _say_goodbye(server)
             await server.tell_manager("STOPPING=1")
-            if not server.managed:
-                # Else the paths may be the manager's, who listens on.
-                listening.unbind(directory)
+            listening.unbind(directory, server.bound)
             nursery.cancel_scope.cancel()
     _exit()
 
@@ -223,13 +248,15 @@ class _Start:
             log.warning("the service manager passed a fd named %r, of which luod knows nothing", name)
         lock = listening.lock(directory)
         try:
-            listeners = {**passed.listeners, **listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])}
+            bound = listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])
             listening.sign(lock.fileno())
         except BaseException:
             lock.close()
             raise
         adopted = adopt(passed.stored, self.system.boot_id)
-        server = self._server(directory, lock, listeners, generation=adopted.generation + 1, manager=manager)
+        server = self._server(
+            directory, lock, {**passed.listeners, **bound}, generation=adopted.generation + 1, bound=bound, manager=manager
+        )
         for session in adopted.sessions:
             server.adopt_session(session)
         for ended in adopted.ended:
@@ -249,7 +276,8 @@ class _Start:
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
             listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
             generation, manager = offer.generation + 1, offer.manager or own_manager
-            server = self._server(offer.directory, lock, listeners, generation=generation, manager=manager, frozen=True)
+            bound = map(Endpoint, offer.bound)
+            server = self._server(offer.directory, lock, listeners, generation=generation, bound=bound, manager=manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
             servers.append(server)
@@ -284,6 +312,7 @@ class _Start:
         listeners: Mapping[Endpoint, socket.socket],
         *,
         generation: int,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> Server:
@@ -296,7 +325,8 @@ class _Start:
             lock=lock,
             listeners=listeners,
             generation=generation,
-            capacity=_capacity(self.config),
+            capacity=capacity(self.config.limits),
+            bound=bound,
             manager=manager,
             frozen=frozen,
         )

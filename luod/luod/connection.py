@@ -34,8 +34,9 @@ from typing import Final, Protocol
 import attrs
 import trio
 
+from luod.capacity import Capacity
 from luod.changes import Change
-from luod.custody import Capacity, Client, Custody, Outcome, Pending
+from luod.custody import Client, Custody, Outcome, Pending
 from luod.gate import Gate
 from luod.orchestrator import Orchestrator
 from luod_protocol import messages as m

@@ -1,10 +1,11 @@
 """What luod has in custody, and the rules that all verbs share.
 
-Theory. `Custody` holds the sessions and counts what they keep; who may see which session, and how one ends, is decided here once for all
-verbs. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a request.
+Theory. `Custody` holds the sessions; who may see which session, and how one ends, is decided here once for all verbs. `policy` has the
+rules and `quota` the books of what is kept for whom. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a
+request.
 
-Invariants: `preserved_fds` counts the entries of all finalized sessions, `staged_fds` those of all open ones. A session belongs to one
-client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
+Invariants: every session in the store is charged in the quota, as it is now, and no other. A session belongs to one client while open or
+claimed. What a client may not see doesn't exist for it: `no-such-session`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Final
 import attrs
 
 from luod import checks, survival
+from luod.capacity import Capacity
 from luod.changes import Change
 from luod.lifecycle import SessionEvent, SessionState
+from luod.policy import ROOT, Peer, Policy
+from luod.quota import Quota
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.system import Process, System
@@ -24,30 +28,19 @@ from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import OwnedFd
 
-ROOT: Final = 0
-
-
-@attrs.frozen(kw_only=True)
-class Capacity:
-    """What the daemon takes, all clients together.
-
-    `staged_fds` are those of open sessions, each a descriptor of the daemon; `preserved_fds` those in boxes, each in flight for the
-    daemon's uid.
-    """
-
-    sessions: int
-    connections: int
-    staged_fds: int
-    preserved_fds: int
-
 
 @attrs.define(kw_only=True, eq=False)
 class Client:
     """Who is at the other end of a connection, and the session that is tied to it."""
 
-    uid: int
+    peer: Peer
     process: Process
     session: Session | None = None
+
+    @property
+    def uid(self) -> int:
+        """The uid that connected."""
+        return self.peer.uid
 
 
 @attrs.frozen(kw_only=True)
@@ -98,6 +91,7 @@ class Custody:
     Args:
         system: clock and machine.
         capacity: what to take.
+        policy: who may do what.
         generation: of this daemon.
         publish: called with an event's name, its session and a detail, for those who monitor.
 
@@ -105,15 +99,25 @@ class Custody:
         outlook: what finalized sessions survive.
     """
 
-    def __init__(self, *, system: System, capacity: Capacity, generation: int, publish: Publish) -> None:
+    def __init__(self, *, system: System, capacity: Capacity, policy: Policy, generation: int, publish: Publish) -> None:
         self.outlook = survival.ALONE
         self.store = Store()
-        self.preserved_fds = 0
-        self.staged_fds = 0
+        self.quota: Final = Quota(capacity.share, exempt=(ROOT, system.uid))
         self.system: Final = system
         self.capacity: Final = capacity
+        self.policy: Final = policy
         self.generation: Final = generation
         self.publish: Final = publish
+
+    @property
+    def preserved_fds(self) -> int:
+        """Entries of all finalized sessions."""
+        return self.quota.total.preserved_fds
+
+    @property
+    def staged_fds(self) -> int:
+        """Entries of all open sessions."""
+        return self.quota.total.staged_fds
 
     def lost(self, client: Client) -> list[OwnedFd]:
         """A client is gone: roll its open session back (these fds are to be closed), or release its claim."""
@@ -128,10 +132,7 @@ class Custody:
     def adopt(self, session: Session) -> None:
         """Take in a session from a succession: open, preserved or claimed."""
         self.store.add(session)
-        if session.sealed is None:
-            self.staged_fds += session.size
-        else:
-            self.preserved_fds += session.size
+        self.quota.charge(session)
 
     def drop(self, session_id: bytes) -> list[OwnedFd]:
         """Take out a session that was adopted from a predecessor, where it ended since. Returns the fds to close."""
@@ -139,7 +140,7 @@ class Custody:
         if session is None:
             return []
         self.store.remove(session)
-        self.preserved_fds -= session.size
+        self.quota.release(session)
         return session.take_fds()
 
     def survived(self, session: Session) -> tuple[str, ...]:
@@ -152,16 +153,13 @@ class Custody:
 
     def end(self, client: Client, session: Session, event: SessionEvent, name: str) -> list[OwnedFd]:
         """A session ends with `event`, published as `name`. Returns the fds to close."""
-        kept = session.sealed is not None
         session.step(event)
-        if kept:
-            self.preserved_fds -= session.size
+        if session.sealed is not None:
             self.store.remember(
                 Ended(session_id=session.session_id, owner=session.owner, finished=event is SessionEvent.FINISH),
             )
-        else:
-            self.staged_fds -= session.size
         self.store.remove(session)
+        self.quota.release(session)
         if client.session is session:
             client.session = None
         self.publish(name, session, f"{session.size} entries")
@@ -175,7 +173,7 @@ class Custody:
         self.publish("released", session, "")
 
     def owner(self, client: Client, wanted: int | None) -> int:
-        """The uid for which `client` acts.
+        """The uid for which `client` opens a session.
 
         Raises:
             Refusal: it may not act for `wanted`.
@@ -183,10 +181,29 @@ class Custody:
         if wanted is None or wanted == client.uid:
             return client.uid
         if client.uid != ROOT:
-            raise Refusal(Code.NOT_PERMITTED, f"uid {client.uid} can't act for uid {wanted}: only root can")
-        if not 0 <= wanted < 2**32 - 1:
-            raise Refusal(Code.BAD_REQUEST, f"{wanted} is no uid")
+            raise Refusal(Code.NOT_PERMITTED, f"uid {client.uid} can't open sessions for uid {wanted}: only root can")
+        _refuse_no_uid(wanted)
         return wanted
+
+    def looked_at(self, client: Client, wanted: int | None) -> int:
+        """The uid at whose sessions `client` looks.
+
+        Raises:
+            Refusal: it may not look at those of `wanted`.
+        """
+        if wanted is None or wanted == client.uid:
+            return client.uid
+        if not self.policy.may_look(client.peer, wanted):
+            raise Refusal(
+                Code.NOT_PERMITTED,
+                f"uid {client.uid} can't act for uid {wanted}: only root can, and whom a [[claim]] rule of luod's configuration names",
+            )
+        _refuse_no_uid(wanted)
+        return wanted
+
+    def may_see(self, client: Client, session: Session) -> bool:
+        """Whether the session exists for this client."""
+        return self.policy.may_see(client.peer, session.owner, session.name)
 
     def find(self, client: Client, request: m.Show | m.Claim | m.Discard) -> Session:
         """The session that `request` means.
@@ -196,22 +213,28 @@ class Custody:
         """
         if bool(request.session) == bool(request.session_id):
             raise Refusal(Code.BAD_REQUEST, f"{request.type} takes a session's name or its id, exactly one of them")
-        owner = self.owner(client, request.owner)
+        owner = self.looked_at(client, request.owner)
         if request.session_id:
             checks.session_id(request.session_id)
             session = self.store.by_id(request.session_id)
             self.refuse_ended(client, request.session_id)
         else:
             session = self.store.by_name(owner, request.session)
-        if session is None or not may_see(client, session):
+        if session is None or not self.may_see(client, session):
             what = f"{request.session[:64]!r}" if request.session else f"with id {request.session_id.hex()}"
             raise Refusal(Code.NO_SUCH_SESSION, f"uid {owner} has no session {what}: `list` shows those that there are")
         return session
 
+    def ended(self, client: Client, session_id: bytes) -> Ended | None:
+        """How the session with this id ended, if that is remembered and the client's business. Its name is forgotten, its id was enough
+        to find it."""
+        ended = self.store.ended(session_id)
+        return ended if ended is not None and self.policy.may_look(client.peer, ended.owner) else None
+
     def refuse_ended(self, client: Client, session_id: bytes) -> None:
         """Refuse the id of a session that has ended, telling how."""
-        ended = self.store.ended(session_id)
-        if ended is not None and client.uid in (ROOT, ended.owner):
+        ended = self.ended(client, session_id)
+        if ended is not None:
             how = "finished" if ended.finished else "discarded"
             raise Refusal(Code.SESSION_FINISHED, f"the session with this id was {how}; luod holds nothing of it any more")
 
@@ -243,9 +266,9 @@ def own(client: Client) -> Session:
     return client.session
 
 
-def may_see(client: Client, session: Session) -> bool:
-    """Whether the session exists for this client."""
-    return client.uid in (ROOT, session.owner)
+def _refuse_no_uid(wanted: int) -> None:
+    if not 0 <= wanted < 2**32 - 1:
+        raise Refusal(Code.BAD_REQUEST, f"{wanted} is no uid")
 
 
 def no_entry(session: Session, name: str) -> Refusal:

@@ -32,8 +32,8 @@ class ManifestFromTheFuture(LuodError):
 
 @attrs.frozen(kw_only=True)
 class Identity:
-    """Which kernel object a fd refers to: st_dev and st_ino. Means something on one kernel only, and nothing for anonymous inodes,
-    which all kinds of them share."""
+    """Which kernel object a fd refers to: st_dev and st_ino, of a character device st_dev and st_rdev. Means something on one kernel only,
+    and nothing for anonymous inodes, which all kinds of them share."""
 
     device: int
     inode: int

@@ -25,15 +25,18 @@ from typing import Final
 import trio
 
 from luod import survival
+from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval
-from luod.config import Config, all_uids_are_mapped, overflow_uid
+from luod.config import Config
 from luod.connection import Connection, Unread
-from luod.custody import ROOT, Capacity, Client, Custody, Forgetting, Outcome, Pending, Storing
+from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
 from luod.gate import Gate
+from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerInfo
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
+from luod.policy import ROOT
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession import ledger
@@ -85,6 +88,7 @@ class Server:
         listeners: the listening sockets; owned.
         generation: of this daemon.
         capacity: what to take.
+        bound: those of the listening sockets that luod bound itself.
         manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
     """
@@ -101,6 +105,7 @@ class Server:
         listeners: Mapping[Endpoint, socket.socket],
         generation: int,
         capacity: Capacity,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> None:
@@ -114,9 +119,10 @@ class Server:
         self.capacity = capacity
         self.started_at = system.now()
         self.last_pause_us = 0
-        self.manager: Final = manager
-        self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
-        self.orchestrator = Orchestrator(self.custody)
+        self.bound: Final = tuple(bound)
+        self.custody = Custody(system=system, capacity=capacity, policy=config.policy, generation=generation, publish=self._publish)
+        recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
+        self.orchestrator = Orchestrator(self.custody, recognizer)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
         if manager is not None:
             # Until it is known: what the predecessor has found out.
@@ -168,15 +174,17 @@ class Server:
         """Serve a connection that was accepted; takes the socket over."""
         # Who may upgrade or look at a luod that is full must still get in.
         room = self.capacity.connections + (CONTROL_RESERVE if endpoint is Endpoint.CONTROL else 0)
+        pid, who = peer(sock)
+        reason = self.custody.quota.too_many(who.uid)
         if len(self._connections) >= room:
             reason = f"luod has {len(self._connections)} connections, its limit: try again later"
+        if reason:
             with sock, suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
             return
-        pid, uid = peer(sock)
-        client = Client(uid=uid, process=self.system.process(pid))
+        client = Client(peer=who, process=self.system.process(pid))
         connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
-        self._connections[connection] = None
+        self._keep(connection)
         self._nursery.start_soon(connection.run)
 
     def refuse_peer(self, endpoint: Endpoint, uid: int) -> None:
@@ -196,7 +204,12 @@ class Server:
 
     def left(self, connection: Connection) -> None:
         """A connection has ended."""
-        self._connections.pop(connection, None)
+        del self._connections[connection]
+        self.custody.quota.disconnected(connection.client.uid)
+
+    def _keep(self, connection: Connection) -> None:
+        self._connections[connection] = None
+        self.custody.quota.connected(connection.client.uid)
 
     async def perform(self, pending: Pending) -> Outcome:
         """Have the service manager do its part of a verb, then act.
@@ -212,6 +225,7 @@ class Server:
                         stored = await self.keeper.keep(box)
                     case Forgetting(ended=ended, box=box, stored=name):
                         await self.keeper.forget(ended, box, name)
+                self.custody.outlook = self.keeper.outlook()
             return pending.act(stored)
         except BaseException:
             pending.undo()
@@ -273,16 +287,16 @@ class Server:
             open_fds=open_fds,
             last_pause_us=self.last_pause_us,
             manager=self.manager.name if self.manager is not None else "",
-            stored_fds=self.keeper.count if self.keeper is not None else 0,
+            stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
 
     @property
-    def managed(self) -> bool:
-        """Whether a service manager watches this daemon."""
-        return self.manager is not None
+    def manager(self) -> ManagerInfo | None:
+        """The service manager that watches this daemon."""
+        return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
     async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
@@ -292,9 +306,12 @@ class Server:
 
     async def tell_manager(self, *fields: str) -> None:
         """Tell the service manager, if there is one, and go on if it can't be told."""
-        if self.keeper is not None:
+        if self.keeper is not None and not self.keeper.gone:
             try:
                 await self.keeper.manager.tell(*fields)
+            except ManagerGone as error:
+                self.keeper.lose(error)
+                self.custody.outlook = self.keeper.outlook()
             except ManagerFault as error:
                 log.warning("%s", error)
 
@@ -303,7 +320,7 @@ class Server:
         await keeper.ready.wait()
         watchdog_s = keeper.manager.info.watchdog_us / 1e6
         await self.tell_manager("READY=1")
-        while True:
+        while not keeper.gone:
             preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
             state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"
             await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
@@ -398,14 +415,14 @@ class Server:
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
         connection = revive(self, live, fd, None if unread is None else Unread(data=unread[0], fds=unread[1]))
-        self._connections[connection] = None
+        self._keep(connection)
 
     def forget_live(self) -> None:
         """The predecessor died before all connections were here: end those that are, and roll back what is tied to them."""
         for connection in list(self._connections):
             connection.forget()
             self.close_later(self.custody.lost(connection.client))
-        self._connections.clear()
+            self.left(connection)
 
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
@@ -428,7 +445,7 @@ class Server:
         self.tell_monitors("upgraded", f"generation {self.generation}, pause {pause_us} us")
 
     async def _outlive(self, predecessor: OwnedFd, alone: trio.Event, stored_others: Collection[str]) -> None:
-        patience_s = MANAGED_PREDECESSOR_S if self.managed else PREDECESSOR_S
+        patience_s = MANAGED_PREDECESSOR_S if self.manager is not None else PREDECESSOR_S
         with predecessor:
             if await see_off(predecessor.fileno(), patience_s):
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)

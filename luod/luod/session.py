@@ -53,12 +53,14 @@ class Session:
     state: SessionState = SessionState.OPEN
     staged: dict[str, Staged] = attrs.Factory(dict[str, Staged])
     weight: int = 0
-    """Bytes of the names, needs and metadata of the staged entries: what the manifest grows with."""
+    """Bytes of the names, needs and metadata of the entries: what the manifest grows with."""
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
     stored: str = ""
     """What the service manager calls the box; empty when it doesn't hold it."""
+    sealing: bool = False
+    """Whether it is boxed and waits for the service manager: it costs both what an open session does and what a finalized one does."""
     ending: bool = False
     """Whether it is being discarded: the service manager is letting go of it."""
 
@@ -76,6 +78,7 @@ class Session:
             metadata=manifest.metadata,
             opened_at=manifest.opened_at,
             state=SessionState.PRESERVED,
+            weight=weigh(manifest.entries),
             sealed=Sealed.of(manifest, box),
             retrieved_by=set(retrieved_by),
             stored=stored,

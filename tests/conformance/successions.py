@@ -17,6 +17,9 @@ import attrs
 import luod_client
 from harness import Daemon
 from processes import LIMIT_S, PYTHON, folder_for, start, until
+from systemd_rig import Manager, unable, why_not
+
+SERVICE: Final = "luod.service"
 
 
 @attrs.frozen(kw_only=True)
@@ -120,8 +123,29 @@ def _hang_up(runtime_dir: str, parent: int) -> None:
     until_succeeded(runtime_dir, generation)
 
 
+def _systemd(succeed: Callable[[Manager, str], None]) -> Hosting:
+    @contextmanager
+    def host() -> Generator[Host]:
+        reason = why_not()
+        if reason:
+            unable(reason)
+        with Manager() as manager:
+            manager.ctl("start", SERVICE)
+            yield Host(runtime_dir=manager.runtime_dir, succeed=lambda: succeed(manager, manager.runtime_dir))
+            assert not re.search(r"Traceback|Exception ignored|never awaited", manager.said(SERVICE)), manager.said(SERVICE)
+
+    return host
+
+
+def _systemd_crash(manager: Manager, runtime_dir: str) -> None:
+    generation = _status(runtime_dir)[1]
+    manager.kill(SERVICE)
+    until_succeeded(runtime_dir, generation)
+
+
 _UPGRADED: Final = frozenset({"daemon-upgrade"})
 _STORED: Final = _UPGRADED | {"daemon-crash"}
+_RESTARTED: Final = _STORED | {"service-restart"}
 
 SUCCESSIONS: Final = (
     Succession(name="upgrade", live=True, host=_handed_over(Daemon.upgrade), survives=_UPGRADED),
@@ -129,4 +153,11 @@ SUCCESSIONS: Final = (
     Succession(name="supervised-upgrade", live=True, host=_supervised(_upgrade), survives=_STORED),
     Succession(name="supervised-sighup", live=True, host=_supervised(_hang_up), survives=_STORED),
     Succession(name="supervised-crash", live=False, host=_supervised(_crash), survives=_STORED),
+    Succession(
+        name="systemd-reload", live=True, host=_systemd(lambda manager, _: void(manager.ctl("reload", SERVICE))), survives=_RESTARTED
+    ),
+    Succession(
+        name="systemd-restart", live=False, host=_systemd(lambda manager, _: void(manager.ctl("restart", SERVICE))), survives=_RESTARTED
+    ),
+    Succession(name="systemd-crash", live=False, host=_systemd(_systemd_crash), survives=_RESTARTED),
 )

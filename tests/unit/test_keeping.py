@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from luod.notify import Manager
+from luod.notify import SUPERVISOR, Manager, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession import ledger
@@ -210,3 +210,15 @@ async def test_names_are_short_and_used_again() -> None:
         with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
             assert [await following.keep(each.fileno()) for each in (one, two, three)] == ["b2", "b3", "b5"]
         following.close()
+
+
+async def test_a_supervisor_that_was_killed_keeps_nothing_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    info = ManagerInfo(name=SUPERVISOR, address="/nowhere/notify")
+    keeper = Keeper(manager=Manager(info), generation=1, store=Store())
+    keeper.ready.set()
+    with stored_box("one") as (_, box):
+        assert await keeper.keep(box.fileno()) == ""
+        await keeper.forget(ended("one"), box.fileno(), "b0")
+    assert "was killed; start luod under a new one" in keeper.outlook().reasons[Survives.DAEMON_CRASH]
+    assert caplog.text.count("will not survive a crash of luod any more") == 1
+    keeper.close()

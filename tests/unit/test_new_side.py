@@ -102,7 +102,7 @@ async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir
         inherited.append(lock)
         return heir
 
-    offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), ended=(), manager=None)
+    offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), bound=(), ended=(), manager=None)
     with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
         sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
     for message, fds in sent:

@@ -10,7 +10,8 @@ Unhappy paths:
 1. The unit has no store: `begin` finds out, `fault` says so; sessions survive what they would survive without a manager.
 2. The store is full: `keep` refuses, the session is open as before.
 3. The manager doesn't answer: refused, and undone behind it. A box whose removal isn't certain is put back.
-4. luod dies between the ledger's word that a session ends and its removal: the next one ends it. Nobody was told otherwise.
+4. The manager is gone: `fault` says so from then on, as in 1. What it held is gone with it.
+5. luod dies between the ledger's word that a session ends and its removal: the next one ends it. Nobody was told otherwise.
 
 Invariants: a session for which `finalized` was answered with `daemon-crash` is in the store; one that was answered with `finished` isn't.
 """
@@ -26,7 +27,7 @@ from typing import Final
 import trio
 
 from luod import survival
-from luod.notify import SYSTEMD, Manager, ManagerFault
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
 from luod.store import Ended, Store
 from luod.succession import ledger
 from luod.succession.fdstore import FdStore, NotKept
@@ -74,12 +75,14 @@ class Keeper:
     Attributes:
         ready: set when it is known whether anything can be kept.
         fault: why nothing can; empty when it can.
+        gone: whether the manager is gone.
     """
 
     def __init__(self, *, manager: Manager, generation: int, store: Store) -> None:
         self.manager: Final = manager
         self.ready = trio.Event()
         self.fault = ""
+        self.gone = False
         self._generation: Final = generation
         self._sessions: Final = store
         self._fds = FdStore(manager, ())
@@ -123,6 +126,8 @@ class Keeper:
             for session in self._sessions:
                 if session.sealed is not None and not session.stored:
                     session.stored = await self._put(session.sealed.box.fileno())
+        except ManagerGone as error:
+            self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
             if not stored:
                 self.fault = str(error)
@@ -165,6 +170,9 @@ class Keeper:
             return ""
         try:
             return await self._put(box)
+        except ManagerGone as error:
+            self.lose(error)
+            return ""
         except NotKept as error:
             why = f"the session can't be kept over a crash: {error}; it is still open. Finish or discard sessions, or raise the limit"
             raise Refusal(Code.LIMIT_REACHED, why) from None
@@ -190,11 +198,19 @@ class Keeper:
             if stored:
                 await self._fds.remove(stored)
                 self._names.give_back(stored)
+        except ManagerGone as error:
+            self.lose(error)
         except ManagerFault as error:
             await self._stay(ended.session_id, box, stored)
             raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
         finally:
             del self._leaving[ended.session_id]
+
+    def lose(self, error: ManagerGone) -> None:
+        """Go on without the manager, which is gone."""
+        if not self.gone:
+            log.error("sessions will not survive a crash of luod any more: %s", error)
+        self.gone, self.fault = True, str(error)
 
     async def _stay(self, session_id: bytes, box: int, stored: str) -> None:
         try:

@@ -35,7 +35,10 @@ class Meet:
 
 @attrs.frozen(kw_only=True)
 class Offer:
-    """Old to new: come in. fds: the runtime directory's lock, the listening sockets in the order of `endpoints`, the old daemon's pidfd."""
+    """Old to new: come in. fds: the runtime directory's lock, the listening sockets in the order of `endpoints`, the old daemon's pidfd.
+
+    `bound` names the sockets that luod bound itself; the others are the service manager's.
+    """
 
     type: ClassVar[str] = "offer"
     luod: str
@@ -44,6 +47,7 @@ class Offer:
     generation: int
     directory: str
     endpoints: tuple[str, ...]
+    bound: tuple[str, ...]
     ended: tuple[Ended, ...]
     manager: ManagerInfo | None
 

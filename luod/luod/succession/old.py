@@ -28,7 +28,7 @@ import trio
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.config import HandoverTable
 from luod.gate import Gate
-from luod.notify import ManagerFault, ManagerInfo
+from luod.notify import ManagerFault, ManagerGone, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
@@ -56,6 +56,7 @@ from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
 
 STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
@@ -93,6 +94,9 @@ class Host(Protocol):
     def store(self) -> Store: ...
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
+
+    @property
+    def bound(self) -> tuple[Endpoint, ...]: ...
 
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
 
@@ -196,6 +200,7 @@ class OldSide:
             generation=self._host.generation,
             directory=self._host.directory,
             endpoints=endpoints,
+            bound=self._host.bound,
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
         )
@@ -289,6 +294,8 @@ class OldSide:
         while True:
             try:
                 await self._host.announce(successor)
+                break
+            except ManagerGone:
                 break
             except ManagerFault as error:
                 log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
