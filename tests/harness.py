@@ -213,7 +213,7 @@ class Daemon:
     def _is_idle(self) -> bool:
         status = self.status()
         busy = status.sessions_open or status.sessions_claimed or status.staged_fds or status.connections != 1
-        return not busy and status.open_fds == self.baseline + status.sessions_preserved
+        return not busy and status.open_fds == self.baseline + status.sessions_preserved + status.sessions_opaque
 
     def _what_is_held(self) -> str:
         folder = f"/proc/{self._current}/fd"

@@ -3,8 +3,8 @@
 Theory. `Custody` holds the sessions and counts what they keep; who may see which session, and how one ends, is decided here once for all
 verbs. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a request.
 
-Invariants: `preserved_fds` counts the entries of all finalized sessions, `staged_fds` those of all open ones. A session belongs to one
-client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
+Invariants: `preserved_fds` counts the entries of all finalized sessions, those that can't be read here among them, `staged_fds` those of
+all open ones. A session belongs to one client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from luod import checks, survival
 from luod.changes import Change
 from luod.lifecycle import SessionEvent, SessionState
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.system import Process, System
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
@@ -132,6 +132,16 @@ class Custody:
             self.staged_fds += session.size
         else:
             self.preserved_fds += session.size
+
+    def keep_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that can't be a session here, or not yet; owned from here on."""
+        self.store.opaque.append(opaque)
+        self.preserved_fds += opaque.fds
+
+    def give_opaque(self, opaque: Opaque) -> None:
+        """Move a box out again, to be adopted as a session or closed."""
+        self.store.opaque.remove(opaque)
+        self.preserved_fds -= opaque.fds
 
     def drop(self, session_id: bytes) -> list[OwnedFd]:
         """Take out a session that was adopted from a predecessor, where it ended since. Returns the fds to close."""

@@ -16,7 +16,7 @@ from luod.handlers import kinds, recognize
 from luod.handlers.base import Probe
 from luod.manifest import Entry, Manifest
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import Box, Connection, Copied, Handover, Offer
 from luod.succession.new import Left, NewSide
@@ -36,6 +36,9 @@ class Heir:
 
     def adopt_session(self, session: Session) -> None:
         self.store.add(session)
+
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        self.store.opaque.append(opaque)
 
     async def drop_session(self, ended: Ended) -> None:
         raise AssertionError(f"nothing has ended: {ended}")
