@@ -14,6 +14,8 @@ ABOVE: Final = 100
 if __name__ == "__main__":
     passed = dict(each.split("=") for each in sys.argv[1].split(",") if each)
     moved = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, ABOVE) for fd in passed.values()]
+    for fd in passed.values():
+        os.close(int(fd))
     for place, fd in enumerate(moved, FIRST):
         os.dup2(fd, place)
     told = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(moved)), "LISTEN_FDNAMES": ":".join(passed)}
