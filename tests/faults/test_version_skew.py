@@ -43,8 +43,8 @@ class Case:
     """
 
     name: str
-    old: Release = attrs.Factory(dict)
-    new: Release = attrs.Factory(dict)
+    old: Release = attrs.Factory(dict[str, Any])
+    new: Release = attrs.Factory(dict[str, Any])
     before: bool = False
     wire: int = 1
     refused: str = ""

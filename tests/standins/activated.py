@@ -16,7 +16,7 @@ if __name__ == "__main__":
     moved = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, ABOVE) for fd in passed.values()]
     for fd in passed.values():
         os.close(int(fd))
-    for place, fd in enumerate(moved, FIRST):
-        os.dup2(fd, place)
+    for place, number in enumerate(moved, FIRST):
+        os.dup2(number, place)
     told = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(moved)), "LISTEN_FDNAMES": ":".join(passed)}
     os.execve(sys.argv[2], sys.argv[2:], {**os.environ, **told})

@@ -49,7 +49,7 @@ def become(release: dict[str, Any]) -> None:
     handlers = importlib.import_module("luod.handlers")
     by_kind = vars(handlers)["_BY_KIND"]
     for kind, compatible in release.get("kinds", {}).items():
-        _set(type(by_kind[kind]), "compatible", compatible)
+        _set(by_kind[kind].__class__, "compatible", compatible)
     for kind in release.get("without", []):
         _set(handlers, "HANDLERS", tuple(handler for handler in handlers.HANDLERS if handler.kind != kind))
         del by_kind[kind]
@@ -75,7 +75,7 @@ def _encode_manifest(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
 def _decode_manifest(decode: Callable[[bytes], Any], known: VersionRange) -> Callable[[bytes], Any]:
     def decode_any(data: bytes) -> Any:
         fields = as_map(unpack(data))
-        if fields.get("version") == 1 or fields.get("version") not in known:
+        if fields.get("version", 1) == 1 or fields["version"] not in known:
             return decode(data)
         del fields[NEW_FIELD]
         return decode(pack(fields))
@@ -89,15 +89,18 @@ def _encode_more(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
         if message.type not in ("meet", "offer", "declined"):
             return data
         fields = as_map(unpack(data))
-        return pack({key: each if key == "kinds" else _more(each) for key, each in fields.items()} | ADDED)
+        # `kinds` is a map, but no record.
+        return pack({**more(fields), **{key: each for key, each in fields.items() if key == "kinds"}})
 
     return encode_any
 
 
-def _more(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_more(each) for each in list[Any](value)]
-    return {**as_map(value), **ADDED} if isinstance(value, dict) else value
+def more(value: Any) -> Any:
+    """The same value with a field more in every map."""
+    kind: object = type(value)
+    if kind is list:
+        return [more(each) for each in value]
+    return {**{key: more(each) for key, each in value.items()}, **ADDED} if kind is dict else value
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_a_session_that_is_there_twice_is_adopted_once() -> None:
         assert sorted(result.others) == sorted([same_id[0], same_name[0]])
         assert result.leaving == []
         assert sorted(each.stored for each in result.opaque) == sorted(result.others)
-        assert {each.why for each in result.opaque} == {"uid 1000 has another session 'one'"}
+        assert {each.why for each in result.opaque} == {f"session {ID['one'].hex()} is there already", "uid 1000 has another session 'one'"}
 
 
 def test_a_ledger_that_can_not_be_read_stays_and_counts_for_the_generation(caplog: pytest.LogCaptureFixture) -> None:

@@ -81,14 +81,17 @@ def decide(found: Iterable[Opaque], sessions: Iterable[Session], ended: Containe
         if each.manifest is None:
             decided.opaque.append(each)
             continue
-        this: set[bytes | tuple[int, str]] = {each.manifest.session_id, (each.manifest.owner, each.manifest.session)}
-        if each.manifest.session_id in ended:
+        session_id, owned_name = each.manifest.session_id, (each.manifest.owner, each.manifest.session)
+        if session_id in ended:
             decided.ended.append(each)
-        elif taken & this:
+        elif session_id in taken:
+            each.why = f"session {session_id.hex()} is there already"
+            decided.opaque.append(each)
+        elif owned_name in taken:
             each.why = f"uid {each.manifest.owner} has another session {each.manifest.session!r}"
             decided.opaque.append(each)
         else:
-            taken |= this
+            taken |= {session_id, owned_name}
             decided.sessions.append((each, each.manifest))
     return decided
 
