@@ -97,7 +97,7 @@ def _encode_more(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
 
 def more(value: Any) -> Any:
     """The same value with a field more in every map."""
-    kind: object = type(value)
+    kind: type[object] = value.__class__
     if kind is list:
         return [more(each) for each in value]
     return {**{key: more(each) for key, each in value.items()}, **ADDED} if kind is dict else value
