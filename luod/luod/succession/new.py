@@ -9,7 +9,7 @@ the server ready to be thawed.
 Unhappy paths: those of `new_table`. `Left` means that this process must end without having served.
 
 When something that came can't be used the handover is declined, for the old daemon has it all. If that is dead by then, what came is
-nowhere else: that part is logged and dropped, and the rest is kept.
+nowhere else: that part is logged and dropped, and the rest is kept. What was opaque to the old daemon is kept whatever it is (`opaque`).
 
 Invariants: nothing is read from a client, and nothing is accepted, before `run` returns. When the old daemon is dead, whatever was sent is
 read to the end first.

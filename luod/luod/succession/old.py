@@ -10,7 +10,8 @@ where there is one, knows the successor as the main process. The process then en
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
 waited for it in `tell` goes on.
 
-Invariants: only receives are cancelled by the freeze; no step waits for a client; each wait for the successor is bounded.
+Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
+client; each wait for the successor is bounded.
 """
 
 from __future__ import annotations
