@@ -15,7 +15,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test demo bench golden lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -26,6 +26,9 @@ demo: $(READY)-test  ## the whole story on this machine
 
 bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 	@PYTHONPATH=tests $(BIN)/python benchmarks/bench.py --fdmove $(BENCH) $(ARGS)
+
+golden: $(READY)-test  ## the golden files of new versions; see tests/golden/make.py
+	@PYTHONPATH=tests $(BIN)/python -m golden.make $(ARGS)
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 
