@@ -11,7 +11,8 @@ Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the ga
 waited for it in `tell` goes on.
 
 Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
-client; each wait for the successor is bounded.
+client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds the
+socket's end alone while this daemon may still die.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from luod.succession.messages import (
     Verified,
 )
 from luod.succession.old_table import OldEvent, OldState, step
-from luod.succession.other import reap, see_off
+from luod.succession.other import kill, reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
@@ -133,6 +134,7 @@ class OldSide:
         self._successor = successor
         self._bounds = bounds
         self._logging = False
+        self._leaving = False
         self._over = trio.Event()
         self._deaf = trio.Event()
         self._serving_read = False
@@ -172,11 +174,13 @@ class OldSide:
                 self._channel.close()
                 self._successor.close()
             else:
-                self._logging = False
+                self._leaving, self._logging = self._logging, False
+                if not self._channel.close(reason):
+                    # It would take the end of the socket for this daemon's death, should that come before its own, and serve what it has.
+                    kill(self._successor.fileno())
                 self._host.gate.open()
                 self._host.door.open()
                 gc.enable()
-                self._channel.close(reason)
                 with trio.CancelScope(shield=True):
                     await self._see_off()
             self._over.set()
@@ -322,9 +326,11 @@ class OldSide:
 
     async def tell(self, changes: Sequence[Change]) -> None:
         """Log before reply: returns when the successor has been sent `changes`, and has closed its copies of what ended. Returns at
-        once when there is no successor to tell, and when this attempt has failed. Call it right after the change, without a checkpoint in
-        between: the log has the order of the changes."""
+        once when there is no successor to tell; when this attempt has failed, as soon as the successor has no copies of what ended. Call
+        it right after the change, without a checkpoint in between: the log has the order of the changes."""
         if not self._logging:
+            if self._leaving and any(isinstance(change, Departure) for change in changes):
+                await self._over.wait()
             return
         for change in changes:
             try:
