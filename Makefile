@@ -15,7 +15,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test demo bench soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -26,6 +26,9 @@ demo: $(READY)-test  ## the whole story on this machine
 
 bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 	@PYTHONPATH=tests $(BIN)/python benchmarks/bench.py --fdmove $(BENCH) $(ARGS)
+
+soak: $(READY)-test  ## whether anything is ever lost; ARGS='--seconds 600 --host supervised --seed 7'
+	@PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 
