@@ -237,6 +237,13 @@ class _Client:
                 chosen = self._dice.choice(listed)
                 self._session_id = chosen.session_id
                 if self._dice.random() < 0.1:
+                    self._ask("show")
+                    shown = looker.show(session_id=chosen.session_id)
+                    self._tell("show", [(held.pid, held.alive) for held in shown.info.retrieved_by])
+                    wrong = described_wrong(plan(chosen.session_id), shown.info, shown.metadata, shown.entries)
+                    if wrong:
+                        raise Broken(wrong)
+                elif self._dice.random() < 0.1:
                     self._ask("discard")
                     looker.discard(session_id=chosen.session_id, force=self._dice.random() < 0.8)
                     self._tell("discard")
@@ -304,6 +311,7 @@ class _Client:
 EXPECTED: Final = {
     "open": {Code.SESSION_EXISTS},
     "claim": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.SESSION_CLAIMED, Code.STILL_HELD},
+    "show": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED},
     "discard": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.SESSION_CLAIMED, Code.STILL_HELD},
 }
 """What others do may have these refused; whether it did is for the model to say."""

@@ -279,7 +279,7 @@ class Course:
                 model.step(session_id, Event.FINALIZING)
             case "finalize":
                 model.step(session_id, Event.FINALIZED)
-            case "claim":
+            case "claim" | "show":
                 model.check_found(session_id, asked_at)
                 model.check_holders(session_id, dict(values[0]), asked_at, self._dead)
             case "retrieve?" if known is not None:
