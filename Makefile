@@ -15,7 +15,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench golden lint clean install-systemd $(CHECKS)
+.PHONY: test demo bench golden soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -29,6 +29,9 @@ bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 
 golden: $(READY)-test  ## the golden files of new versions; see tests/golden/make.py
 	@PYTHONPATH=tests $(BIN)/python -m golden.make $(ARGS)
+
+soak: $(READY)-test  ## whether anything is ever lost; ARGS='--seconds 600 --host supervised --seed 7'
+	@PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 
