@@ -1,4 +1,4 @@
-"""An upgrade that fails: the old daemon serves on only when its successor can't come to serve any more, and what is finished is gone there too."""
+"""An upgrade that fails: the old daemon serves on when its successor can't come to serve any more, and what is finished is gone there too."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from luod.succession.old import HandoverFailed, OldSide
 from luod.system import System
 from luod_protocol import box
 from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import WIRE
 
 NEVER_S = 3600.0
@@ -59,8 +60,15 @@ class Server:
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         return ()
 
-    def wire_versions(self) -> set[int]:
-        return set()
+    @property
+    def bound(self) -> tuple[Endpoint, ...]:
+        return ()
+
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        return ()
+
+    def tell_monitors(self, event: str, detail: str) -> None:
+        pass
 
     def stored_others(self) -> tuple[str, ...]:
         return ()
@@ -112,7 +120,7 @@ def handing_over(nursery: trio.Nursery, pid: int, *, boxes: int, copy_s: float) 
 
 
 async def meet(channel: Channel, pid: int) -> None:
-    known = {kind: (compatible,) for kind, compatible in kinds().items()}
+    known: dict[str, tuple[str, ...]] = {kind: (compatible,) for kind, compatible in kinds().items()}
     await channel.send(Meet(luod="", pid=pid, handover=VERSIONS, wire=WIRE, manifest=manifest.VERSIONS, kinds=known))
 
 

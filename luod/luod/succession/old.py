@@ -11,8 +11,8 @@ Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the ga
 waited for it in `tell` goes on.
 
 Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
-client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds the
-socket's end alone while this daemon may still die.
+client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds
+the socket's end alone while this daemon may still die.
 """
 
 from __future__ import annotations
