@@ -1,4 +1,4 @@
-"""An upgrade that fails: the old daemon serves on when its successor can't come to serve any more, and what is finished is gone there too."""
+"""An upgrade that fails: the old daemon serves on when its successor can't come to serve, and what is finished is gone there too."""
 
 from __future__ import annotations
 
