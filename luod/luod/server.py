@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 from luod import survival
-from luod.changes import Change, Retrieval
+from luod.changes import Change, Retrieval, Sealing
 from luod.config import Config, all_uids_are_mapped, overflow_uid
 from luod.connection import Connection, Unread
 from luod.custody import ROOT, Capacity, Client, Custody, Forgetting, Outcome, Pending, Storing
@@ -129,6 +129,7 @@ class Server:
         self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
         self._abandoned: list[OwnedFd] = []
+        self._settling: dict[bytes, trio.Event] = {}
 
     @property
     def store(self) -> Store:
@@ -217,14 +218,32 @@ class Server:
             pending.undo()
             raise
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+
+        Args:
+            again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
 
         Cancelled: the fds are closed all the same.
 
         Raises:
             Refusal: a retrieval can't be written down.
         """
+        if again in self._settling:
+            await self._settling[again].wait()
+        settled = trio.Event()
+        about = {_about(change) for change in changes}
+        self._settling.update(dict.fromkeys(about, settled))
+        try:
+            await self._settle(changes, closing)
+        finally:
+            for session_id in about:
+                # Its beginning may settle when its end does so already.
+                if self._settling.get(session_id) is settled:
+                    del self._settling[session_id]
+            settled.set()
+
+    async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
                 self.keeper.note_retrieval(change.session_id, change.process)
@@ -435,6 +454,11 @@ class Server:
         self._alone = None
         alone.set()
         await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
+
+
+def _about(change: Change) -> bytes:
+    """The id of the session that changes."""
+    return change.session.session_id if isinstance(change, Sealing) else change.session_id
 
 
 async def _pause() -> None:
