@@ -303,10 +303,10 @@ class Server:
         """Whether a service manager watches this daemon."""
         return self.manager is not None
 
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
         if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving)
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
             self.custody.outlook = self.keeper.outlook()
 
     async def tell_manager(self, *fields: str) -> None:
@@ -453,7 +453,8 @@ class Server:
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-        await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
+        leaving = {ledger.name(self.generation - 1)}.intersection(stored_others)
+        await self.begin_keeping(others=stored_others, leaving=leaving, is_main=False)
 
 
 def _about(change: Change) -> bytes:
