@@ -111,16 +111,17 @@ class Keeper:
             return survival.not_kept(self.fault)
         return survival.kept(restarts=self.manager.info.name == SYSTEMD)
 
-    async def begin(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
 
         Args:
             others: what is in the manager's store and is no session's box, by name.
             leaving: those of them that are to be removed, when the new ledger is there.
+            is_main: whether the manager started this process; else it has to be seen that it listens.
         """
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
-        self._fds = FdStore(self.manager, stored.union(others))
+        self._fds = FdStore(self.manager, stored.union(others), is_heard=is_main)
         # What was opaque to a predecessor may be a session now.
         self._others = set(others) - stored
         try:
