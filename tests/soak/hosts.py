@@ -259,6 +259,7 @@ def supervised(folder: Path) -> Generator[Host]:
                     "hang-up": Disturbance(weight=0 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else 5, crash=False, do=hang_up),
                     "kill": Disturbance(weight=8, crash=True, do=kill),
                     "kill in an upgrade": Disturbance(weight=8, crash=True, do=lambda dice: _kill_in_upgrade(where, processes, dice)),
+                    "kill a successor": Disturbance(weight=6, crash=True, do=lambda dice: _kill_successor(where, int, dice)),
                     "hang": Disturbance(weight=1, crash=True, do=lambda _: _hang(where, status(where).pid)),
                 },
                 pid=lambda: status(where).pid,
@@ -291,6 +292,15 @@ def _kill_in_upgrade(runtime_dir: str, processes: Callable[[], Sequence[int]], d
         _kill(pid)
     asking.join()
     _stable(runtime_dir)
+    return "kills"
+
+
+def _kill_successor(runtime_dir: str, pid_of: Callable[[int], int], dice: random.Random) -> str:
+    """As soon as it serves."""
+    pid = ask_upgrade(runtime_dir).pid
+    time.sleep(dice.choice((0.0, 0.02)) * dice.random())
+    _kill(pid_of(pid))
+    _stable(runtime_dir, pid)
     return "kills"
 
 
@@ -371,6 +381,9 @@ def systemd(folder: Path) -> Generator[Host]:
                 "restart": Disturbance(weight=5, crash=True, do=restart),
                 "kill": Disturbance(weight=5, crash=True, do=kill),
                 "kill in a reload": Disturbance(weight=8, crash=True, do=kill_in_reload),
+                "kill a successor": Disturbance(
+                    weight=5, crash=True, do=lambda dice: _kill_successor(where, lambda _: manager.main_pid(SERVICE), dice)
+                ),
                 "hang": Disturbance(weight=1, crash=True, do=hang),
             },
             pid=lambda: manager.main_pid(SERVICE),
