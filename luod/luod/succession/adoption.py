@@ -28,7 +28,7 @@ from luod.session import Session
 from luod.store import Ended
 from luod.succession import ledger
 from luod.succession.fdstore import WITNESS
-from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.system import Process
 from luod_protocol.box import BoxFault
 from luod_protocol.fds import OwnedFd
@@ -41,7 +41,7 @@ class Adopted:
     """What a store had.
 
     Attributes:
-        generation: of the luod that wrote the newest ledger; 0 without one.
+        generation: of the last luod that may have served; 0 without a ledger.
         sessions: preserved, oldest first.
         ended: sessions that are gone, oldest first.
         others: names in the store that are no adopted session's box.
@@ -86,7 +86,8 @@ def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
                     log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
                     leaving.remove(name)
     ended, retrieved = _summed_up(records)
-    adopted = Adopted(generation=newest, sessions=[], ended=list(ended.values()), others=others, leaving=leaving)
+    last = max([newest, *(record.generation for record in records if isinstance(record, Successor))])
+    adopted = Adopted(generation=last, sessions=[], ended=list(ended.values()), others=others, leaving=leaving)
     found: list[tuple[Manifest, str, OwnedFd]] = []
     for name, fd in boxes:
         try:
@@ -125,4 +126,6 @@ def _summed_up(records: Iterable[Record]) -> tuple[dict[bytes, Ended], dict[byte
                 ended.pop(record.session_id, None)
             case Retrieval():
                 retrieved.setdefault(record.session_id, set()).add(record.process)
+            case Successor():
+                pass
     return ended, retrieved
