@@ -398,6 +398,11 @@ class Server:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
 
+    def note_successor(self) -> None:
+        """A successor may serve from now on."""
+        if self.keeper is not None:
+            self.keeper.note_successor()
+
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
         return self.keeper.others if self.keeper is not None else ()

@@ -71,6 +71,13 @@ async def test_kept_retrieved_and_forgotten() -> None:
         assert keeper.others == ("luod-ledger-5",)
 
 
+async def test_a_successor_that_may_have_served_counts() -> None:
+    async with keeping() as (there, keeper, _):
+        for _ in range(2):  # the second after a failed upgrade
+            keeper.note_successor()
+            assert adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT).generation == 6
+
+
 async def test_a_unit_without_a_store_is_found_out_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     async with keeping(limit=0) as (there, keeper, _):
         assert "FileDescriptorStoreMax=" in keeper.fault

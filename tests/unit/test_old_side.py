@@ -70,6 +70,9 @@ class Server:
     def tell_monitors(self, event: str, detail: str) -> None:
         pass
 
+    def note_successor(self) -> None:
+        pass
+
     def stored_others(self) -> tuple[str, ...]:
         return ()
 

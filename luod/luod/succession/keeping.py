@@ -31,7 +31,7 @@ from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
 from luod.store import Ended, Store
 from luod.succession import ledger
 from luod.succession.fdstore import FdStore, NotKept
-from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.survival import Outlook
 from luod.system import Process
 from luod_protocol.errors import Code, Refusal
@@ -90,6 +90,7 @@ class Keeper:
         self._others: set[str] = set()
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
+        self._has_successor = False
 
     @property
     def count(self) -> int:
@@ -158,6 +159,8 @@ class Keeper:
             yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
         for session_id, processes in self._sessions.retrieved.items():
             yield from (Retrieval(session_id=session_id, process=process) for process in processes)
+        if self._has_successor:
+            yield Successor(generation=self._generation + 1)
 
     async def _put(self, box: int) -> str:
         name = self._names.take()
@@ -238,6 +241,14 @@ class Keeper:
             Refusal: it can't be written.
         """
         self._write(Retrieval(session_id=session_id, process=process))
+
+    def note_successor(self) -> None:
+        """Write down that a successor may serve from now on. If it dies before its own ledger is kept, the next luod counts on from it."""
+        self._has_successor = True
+        try:
+            self._write(Successor(generation=self._generation + 1))
+        except Refusal as error:
+            log.error("after a crash two luods may count as generation %d: %s", self._generation + 1, error)
 
     def _write(self, record: Record) -> None:
         if self._ledger is None:

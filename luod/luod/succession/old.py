@@ -111,6 +111,8 @@ class Host(Protocol):
 
     def tell_monitors(self, event: str, detail: str) -> None: ...
 
+    def note_successor(self) -> None: ...
+
     async def announce(self, pid: int) -> None: ...
 
 
@@ -269,6 +271,7 @@ class OldSide:
             raise HandoverFailed(f"after the freeze: {said}")
 
     async def _send_live(self) -> None:
+        self._host.note_successor()
         connections = 0
         for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
