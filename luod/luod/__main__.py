@@ -38,6 +38,7 @@ from luod.succession.adoption import adopt
 from luod.succession.channel import Channel, decline
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.succession.opaque import tell
 from luod.supervisor import command as supervisor
 from luod.system import System
 from luod_protocol import messages as m
@@ -259,6 +260,12 @@ class _Start:
         )
         for session in adopted.sessions:
             server.adopt_session(session)
+        for opaque in adopted.opaque:
+            server.adopt_opaque(opaque)
+        tell(adopted.opaque)
+        for session_id, processes in adopted.retrieved.items():
+            for process in processes:
+                server.note_retrieval(session_id, process)
         for ended in adopted.ended:
             server.remember(ended)
         await server.begin_keeping(others=adopted.others, leaving=adopted.leaving)
@@ -351,6 +358,9 @@ def _say_goodbye(server: Server) -> None:
     if held:
         names = ", ".join(repr(session.name) for session in held[:5])
         log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)
+    lost = sum(not opaque.stored for opaque in server.store.opaque)
+    if lost:
+        log.warning("ending with %d sessions that could not be shown here, which end with this luod", lost)
 
 
 if __name__ == "__main__":

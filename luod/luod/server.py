@@ -38,11 +38,12 @@ from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.policy import ROOT
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
 from luod.succession.keeping import Keeper
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
+from luod.succession.opaque import as_session, decide, tell
 from luod.succession.other import see_off
 from luod.system import Process, System
 from luod.upgrades import Upgrades
@@ -135,6 +136,7 @@ class Server:
         self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
         self._abandoned: list[OwnedFd] = []
+        self._leaving: set[str] = set()
 
     @property
     def store(self) -> Store:
@@ -289,6 +291,7 @@ class Server:
             manager=self.manager.name if self.manager is not None else "",
             stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
+            sessions_opaque=len(self.store.opaque),
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
@@ -380,9 +383,9 @@ class Server:
         """What is in the service manager's store and is no session's box."""
         return self.keeper.others if self.keeper is not None else ()
 
-    def wire_versions(self) -> set[int]:
-        """The versions that connected clients speak."""
-        return {each.protocol.version for each in self._connections if each.protocol.version}
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        """The wire version and the pid of each connected client that has said hello."""
+        return ((each.protocol.version, each.client.process.pid) for each in self._connections if each.protocol.version)
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         """Every live connection: its session, and the messages that describe it with their fds (borrowed). True while frozen."""
@@ -397,6 +400,24 @@ class Server:
         """Take in a session from the predecessor."""
         self.custody.adopt(session)
 
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that a predecessor could not read."""
+        self.custody.keep_opaque(opaque)
+
+    def _settle_opaque(self) -> None:
+        """All sessions are here: which of the boxes that were opaque are sessions now?"""
+        if not self.store.opaque:
+            return
+        decided = decide(self.store.opaque, self.store, {each.session_id for each in self.store.all_ended})
+        for opaque, description in decided.sessions:
+            self.custody.give_opaque(opaque)
+            self.adopt_session(as_session(opaque, description, self.store.retrieved, self.boot_id))
+            self.store.retrieved.pop(description.session_id, None)
+        for opaque in decided.ended:
+            self.custody.give_opaque(opaque)
+            self.close_later([opaque.box])
+            self._leaving.add(opaque.stored)
+
     async def drop_session(self, ended: Ended) -> None:
         """A session that came from the predecessor has ended there: close every copy."""
         self.remember(ended)
@@ -408,9 +429,7 @@ class Server:
 
     def note_retrieval(self, session_id: bytes, process: Process) -> None:
         """A process got fds of a session from the predecessor."""
-        session = self.store.by_id(session_id)
-        if session is not None:
-            session.retrieved_by.add(process)
+        self.store.note_retrieval(session_id, process)
 
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
@@ -427,6 +446,9 @@ class Server:
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
+        self._settle_opaque()
+        if self.keeper is not None:
+            self.keeper.inherit(stored_others)
         if predecessor is not None:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
@@ -451,7 +473,9 @@ class Server:
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-        await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
+        tell(self.store.opaque)
+        leaving = {ledger.name(self.generation - 1), *self._leaving}
+        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others))
 
 
 async def _pause() -> None:

@@ -10,18 +10,21 @@ import pytest
 import trio
 import trio.testing
 
+from luod import manifest
 from luod.notify import SUPERVISOR, Manager, ManagerInfo
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
 from luod.succession.adoption import adopt
 from luod.succession.keeping import Keeper
 from luod.succession.ledger import LedgerFault
 from luod.survival import Survives
 from luod.system import Process
+from luod_protocol import box as boxes
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import close_all, duplicate
 from standin_manager import StandinManager, standin_manager
+from things import same_file
 from unit.test_adoption import BOOT, ID, stored_box
 
 
@@ -222,3 +225,24 @@ async def test_a_supervisor_that_was_killed_keeps_nothing_and_stops_nobody(caplo
     assert "was killed; start luod under a new one" in keeper.outlook().reasons[Survives.DAEMON_CRASH]
     assert caplog.text.count("will not survive a crash of luod any more") == 1
     keeper.close()
+
+
+async def test_what_is_opaque_is_stored_and_what_was_opaque_is_a_session_now() -> None:
+    async with keeping() as (there, _, store):
+        following = Keeper(manager=Manager(there.info), generation=6, store=store)
+        following.inherit(["b1", "b2"])
+        assert set(following.others) == {"b1", "b2"}, "a successor may come before it has begun"
+        with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
+            read = manifest.decode(boxes.manifest_of(one.fileno()))
+            store.add(Session.adopted(read, one, (), stored="b1"))
+            store.opaque = [Opaque(box=two, stored="b2"), Opaque(box=three, stored="")]
+            store.note_retrieval(b"somebody's", Process(pid=1, start=2))
+            await following.begin(others=["b1", "b2"], leaving=())
+            assert set(following.others) == {"b2", "b0", "luod-ledger-6"}
+            assert store.opaque[1].stored == "b0"
+            assert same_file(there.fd("b0"), three.fileno())
+            assert following.count == 4
+            found = adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT)
+            assert found.retrieved == {b"somebody's": {Process(pid=1, start=2)}}
+            close_all(session.take_fds()[0] for session in found.sessions)
+        following.close()

@@ -101,6 +101,10 @@ class Keeper:
         """What is stored and is no session's box: for a successor."""
         return tuple(self._others)
 
+    def inherit(self, others: Collection[str]) -> None:
+        """Be told what is in the manager's store and is no session's box, before it is time to begin: a successor may come first."""
+        self._others = set(others)
+
     def outlook(self) -> Outlook:
         """What sessions survive with this manager."""
         if self.fault:
@@ -117,7 +121,8 @@ class Keeper:
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
         self._fds = FdStore(self.manager, stored.union(others))
-        self._others = set(others)
+        # What was opaque to a predecessor may be a session now.
+        self._others = set(others) - stored
         try:
             await self._begin_ledger()
             for name in leaving:
@@ -126,6 +131,10 @@ class Keeper:
             for session in self._sessions:
                 if session.sealed is not None and not session.stored:
                     session.stored = await self._put(session.sealed.box.fileno())
+            for opaque in self._sessions.opaque:
+                if not opaque.stored:
+                    opaque.stored = await self._put(opaque.box.fileno())
+                    self._others.add(opaque.stored)
         except ManagerGone as error:
             self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
@@ -146,6 +155,8 @@ class Keeper:
         yield from (Ending(ended=each) for each in (*self._sessions.all_ended, *self._leaving.values()))
         for session in self._sessions:
             yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
+        for session_id, processes in self._sessions.retrieved.items():
+            yield from (Retrieval(session_id=session_id, process=process) for process in processes)
 
     async def _put(self, box: int) -> str:
         name = self._names.take()
