@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from luod import manifest, verify
+from luod import manifest
 from luod.notify import SUPERVISOR, Manager, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
@@ -127,7 +127,7 @@ async def test_a_successor_that_the_manager_does_not_know_ends_nothing(caplog: p
             await keeper.keep(one.fileno())
             there.listens = False
             store = Store()
-            store.add(Session.adopted(verify.boxed(one.fileno(), BOOT), duplicate(one.fileno()), (), stored="b0"))
+            store.add(Session.adopted(manifest.decode(boxes.manifest_of(one.fileno())), duplicate(one.fileno()), (), stored="b0"))
             successor = Keeper(manager=Manager(there.info), generation=6, store=store)
             try:
                 await successor.begin(others=keeper.others, leaving=keeper.others, is_main=False)
