@@ -246,7 +246,7 @@ class Server:
     async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
-                self.keeper.note_retrieval(change.session_id, change.process)
+                await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
         if closing:
             await self._close(list(closing))
@@ -377,6 +377,13 @@ class Server:
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
+
+    async def settled(self) -> None:
+        """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
+        if self._alone is not None:
+            await self._alone.wait()
+        if self.keeper is not None:
+            await self.keeper.ready.wait()
 
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
