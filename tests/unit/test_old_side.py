@@ -1,4 +1,4 @@
-"""An upgrade that fails: the old daemon serves on only when its successor can't come to serve any more, and what is finished is gone there too."""
+"""An upgrade that fails: the old daemon serves on when its successor can't come to serve any more, and what is finished is gone there too."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def handing_over(nursery: trio.Nursery, pid: int, *, boxes: int, copy_s: float) 
 
 
 async def meet(channel: Channel, pid: int) -> None:
-    known = {kind: (compatible,) for kind, compatible in kinds().items()}
+    known: dict[str, tuple[str, ...]] = {kind: (compatible,) for kind, compatible in kinds().items()}
     await channel.send(Meet(luod="", pid=pid, handover=VERSIONS, wire=WIRE, manifest=manifest.VERSIONS, kinds=known))
 
 
