@@ -262,7 +262,7 @@ class Server:
     async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
-                self.keeper.note_retrieval(change.session_id, change.process)
+                await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
         if closing:
             await self._close(list(closing))
@@ -402,6 +402,13 @@ class Server:
         """A successor may serve from now on."""
         if self.keeper is not None:
             self.keeper.note_successor()
+
+    async def settled(self) -> None:
+        """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
+        if self._alone is not None:
+            await self._alone.wait()
+        if self.keeper is not None:
+            await self.keeper.ready.wait()
 
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""

@@ -63,7 +63,7 @@ async def test_kept_retrieved_and_forgotten() -> None:
         with stored_box("one") as (_, box):
             assert await keeper.keep(box.fileno()) == "b0"
             assert "b0" in there.names
-            keeper.note_retrieval(ID["one"], process)
+            await keeper.note_retrieval(ID["one"], process)
             assert next_luod(there) == (["one"], [], {"one": {process}})
             await keeper.forget(ended("one"), box.fileno(), "b0")
         assert "b0" not in there.names
@@ -135,6 +135,7 @@ async def test_a_successor_that_the_manager_does_not_know_ends_nothing(caplog: p
                 with pytest.raises(Refusal, match="does not take this process for the main process") as caught:
                     await successor.forget(ended("one"), one.fileno(), "b0")
                 assert caught.value.code is Code.SYSTEM_ERROR
+                await successor.manager.barrier()
                 assert next_luod(there) == (["one"], [], {"one": set()})
             finally:
                 successor.close()
@@ -162,7 +163,7 @@ async def test_the_next_generation_begins_a_ledger_with_what_still_matters() -> 
         with stored_box("one") as (_, one), stored_box("two") as (_, two):
             await keeper.keep(one.fileno())
             await keeper.keep(two.fileno())
-            keeper.note_retrieval(ID["one"], process)
+            await keeper.note_retrieval(ID["one"], process)
             await keeper.forget(ended("two"), two.fileno(), "b1")
             found = adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT)
             for session in found.sessions:
@@ -194,6 +195,24 @@ async def test_what_was_finalized_without_a_store_is_stored_when_there_is_one() 
             keeper.close()
 
 
+async def test_a_retrieval_waits_until_it_can_be_written_down() -> None:
+    """A successor's manager listens to its predecessor still: should both die now, the next luod must know who holds what."""
+    process = Process(pid=os.getpid(), start=1)
+    async with keeping() as (there, keeper, _):
+        with stored_box("one") as (_, one):
+            await keeper.keep(one.fileno())
+        successor = Keeper(manager=Manager(there.info), generation=6, store=Store())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(successor.note_retrieval, ID["one"], process)
+                await trio.testing.wait_all_tasks_blocked()
+                assert nursery.child_tasks
+                await successor.begin(others=keeper.others, leaving=keeper.others, is_main=False)
+            assert next_luod(there) == (["one"], [], {"one": {process}})
+        finally:
+            successor.close()
+
+
 async def test_a_long_ledger_is_begun_anew_and_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "LONG_BYTES", 2000)
     async with keeping() as (there, keeper, store):
@@ -205,7 +224,7 @@ async def test_a_long_ledger_is_begun_anew_and_forgets_nothing(monkeypatch: pyte
             for number in range(500):
                 process = Process(pid=number % 7 + 1, start=1)
                 session.retrieved_by.add(process)
-                keeper.note_retrieval(ID["one"], process)
+                await keeper.note_retrieval(ID["one"], process)
             size = os.fstat(there.fd("luod-ledger-5")).st_blocks * 512
             assert size < 64 * 1024
             assert next_luod(there)[2] == {"one": session.retrieved_by}
@@ -225,7 +244,7 @@ async def test_a_ledger_that_can_not_be_written_refuses(monkeypatch: pytest.Monk
                 with pytest.raises(Refusal, match="try again"):
                     await keeper.forget(ended("one"), box.fileno(), "b0")
                 with pytest.raises(Refusal, match="try again"):
-                    keeper.note_retrieval(ID["one"], Process(pid=1, start=1))
+                    await keeper.note_retrieval(ID["one"], Process(pid=1, start=1))
             assert next_luod(there)[0] == ["one"]
 
 

@@ -234,12 +234,14 @@ class Keeper:
         except (Refusal, ManagerFault) as error:
             log.error("session %s may not survive a crash of luod any more: %s", session_id.hex(), error)
 
-    def note_retrieval(self, session_id: bytes, process: Process) -> None:
-        """Write down that a process is about to get fds of a session.
+    async def note_retrieval(self, session_id: bytes, process: Process) -> None:
+        """Write down that a process is about to get fds of a session, when there is where to. No checkpoint when there is.
 
         Raises:
             Refusal: it can't be written.
         """
+        if not self.ready.is_set():
+            await self.ready.wait()
         self._write(Retrieval(session_id=session_id, process=process))
 
     def note_successor(self) -> None:
