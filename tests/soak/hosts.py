@@ -29,6 +29,8 @@ from systemd_rig import Manager, why_not
 SERVICE: Final = "luod.service"
 WATCHDOG_S: Final = 10
 """Long enough for a luod that a busy machine lets wait, in seconds."""
+START_S: Final = 120.0
+"""How long a luod may take to start on a machine that is very busy, in seconds."""
 STABLE_S: Final = 0.4
 """Who has served for so long after a crash stays, in seconds."""
 
@@ -112,7 +114,7 @@ def _stable(runtime_dir: str, but_not: int = 0) -> None:
             seen.clear()
         return pid != but_not and time.monotonic() - seen.setdefault(pid, time.monotonic()) > STABLE_S
 
-    until(same, "a luod that stays")
+    until(same, "a luod that stays", limit_s=START_S)
 
 
 def _serving(runtime_dir: str, but_not: int) -> None:
@@ -123,7 +125,7 @@ def _serving(runtime_dir: str, but_not: int) -> None:
             return status(runtime_dir).pid != but_not
         return False
 
-    until(answers, f"a luod after {but_not}")
+    until(answers, f"a luod after {but_not}", limit_s=START_S)
 
 
 def _kill(pid: int, sig: int = signal.SIGKILL) -> None:
