@@ -19,15 +19,13 @@ Invariants: one operation at a time, so that the witness speaks for one fd. A na
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from typing import Final
 
 import trio
 
-from luod.notify import Manager, ManagerFault, hung_up
+from luod.notify import Manager, ManagerFault, hung_up, pipe
 from luod_protocol.errors import LuodError
-from luod_protocol.fds import own
 
 WITNESS: Final = "luod-witness"
 SPARE: Final = 1
@@ -95,7 +93,7 @@ class FdStore:
             self._bytes += _weight(name)
 
     async def _put(self, name: str, fd: int) -> bool:
-        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
