@@ -15,11 +15,14 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test faults demo bench lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+faults: $(READY)-test  ## a fault of every kind at every step of a handover, under every manager; minutes
+	@PYTHONPATH=tests $(BIN)/python -P -m matrix --jobs $(JOBS) $(ARGS)
 
 demo: $(READY)-test  ## the whole story on this machine
 	@$(BIN)/luoctl demo $(ARGS)
