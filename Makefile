@@ -16,7 +16,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test test-lab lab-kernel demo bench golden soak lint clean install-systemd $(CHECKS)
+.PHONY: test test-lab lab-kernel faults demo bench golden soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -28,6 +28,9 @@ test-lab: $(READY)-test  ## the tests that boot a kernel of their own, with live
 
 lab-kernel:  ## that kernel, from Debian's source, in the user's cache; where there is one already it is taken
 	@'$(PYTHON)' tests/lab/vm.py --kernel || tests/lab/build-kernel "$$('$(PYTHON)' tests/lab/vm.py --kernel-place)"
+
+faults: $(READY)-test  ## a fault of every kind at every step of a handover, under every manager; minutes
+	@PYTHONPATH=tests $(BIN)/python -P -m matrix --jobs $(JOBS) $(ARGS)
 
 demo: $(READY)-test  ## the whole story on this machine
 	@$(BIN)/luoctl demo $(ARGS)

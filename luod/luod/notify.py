@@ -127,7 +127,7 @@ class Manager:
         Raises:
             ManagerFault: unhappy paths 2 and 3.
         """
-        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self.tell("BARRIER=1", fds=[theirs.fileno()])
@@ -139,6 +139,19 @@ class Manager:
     def close(self) -> None:
         """Say no more."""
         self._sock.close()
+
+
+def pipe() -> tuple[OwnedFd, OwnedFd]:
+    """A pipe to see by when the manager lets go of the end to write, which is the second.
+
+    Raises:
+        ManagerFault: luod has no descriptors for it.
+    """
+    try:
+        read, write = own(os.pipe2(os.O_CLOEXEC))
+    except OSError as error:
+        raise ManagerFault(f"luod can't make a pipe to ask the service manager with: {error.strerror}") from None
+    return read, write
 
 
 def hung_up(pipe: OwnedFd) -> bool:

@@ -6,10 +6,11 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import trio
 
 from luod import manifest
 from luod.handlers import kinds, recognize
@@ -18,7 +19,7 @@ from luod.manifest import Entry, Manifest
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
-from luod.succession.messages import Box, Connection, Copied, Frozen, Handover, Offer, OpaqueBox
+from luod.succession.messages import Box, Connection, Copied, Frozen, Gone, Handover, Offer, OpaqueBox
 from luod.succession.new import Left, NewSide
 from luod.succession.new_table import NewState
 from luod.system import Process, System
@@ -192,3 +193,46 @@ async def test_a_connection_with_a_wire_version_that_is_not_known() -> None:
     )
     with ours, theirs, old_daemon(dead=False) as old, pytest.raises(Left, match="process 77 speaks wire version 2, this luod 1"):
         await succeed(old, [(Copied(), ()), (live, [ours.fileno()])], Heir())
+
+
+class Witness(Heir):
+    """An heir whose predecessor closes the handover, for it is dying, while a session is dropped here."""
+
+    def __init__(self, dying: Callable[[], None]) -> None:
+        super().__init__()
+        self._dying = dying
+
+    async def drop_session(self, ended: Ended) -> None:
+        self._dying()
+
+
+async def test_an_old_daemon_that_dies_with_something_unread_is_dead_all_the_same() -> None:
+    """A send says ECONNRESET then, once, and not EPIPE; and a process closes its files before its death can be seen."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sender = Channel(theirs)
+    with old_daemon(dead=False) as old:
+        async with trio.open_nursery() as nursery:
+
+            async def die() -> None:
+                os.kill(old, signal.SIGKILL)
+
+            def dying() -> None:
+                sender.close()
+                nursery.start_soon(die)
+
+            inherited: list[OwnedFd] = []
+
+            def build(offer: Offer, lock: OwnedFd, listeners: Mapping[str, OwnedFd]) -> Heir:
+                inherited.append(lock)
+                return Witness(dying)
+
+            offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), bound=(), ended=(), manager=None)
+            with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+                sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
+            sender.send_now(Gone(ended=Ended(session_id=bytes(16), owner=0, finished=True)))
+            side = NewSide(channel=Channel(ours), kinds=kinds(), build=build)
+            await side.run()
+    assert side.state is NewState.SERVING
+    close_all(inherited)
+    assert side.predecessor is not None
+    side.predecessor.close()

@@ -65,6 +65,9 @@ from luod_protocol.version import RELEASE, WIRE
 FAILURES = (Mismatch, BoxFault, ManifestFault, ForeignManifest, ProtocolFault, OSError)
 """What declines a handover: something that came isn't what it should be, or can't be taken."""
 
+ENDED = (BrokenPipeError, ConnectionResetError)
+"""What a send says when the old daemon has closed its end; the second, when it had not read all that it was sent."""
+
 DEATH_S = 5.0
 """How long after the end of the socket the old daemon's death is waited for, in seconds: a killed process closes its files first."""
 
@@ -282,7 +285,7 @@ class NewSide:
         self.stored_others = message.stored_others
         try:
             self._channel.send_now(Serving())
-        except OSError:
+        except ENDED:
             return  # its last words, or the end of the socket, tell whether the old daemon is dead or has thawed
         self._step(NewEvent.COMMITTED)
 
@@ -317,7 +320,7 @@ class NewSide:
     async def _send(self, message: Handover) -> None:
         try:
             await self._channel.send(message)
-        except BrokenPipeError:
+        except ENDED:
             # The old daemon is gone or has ended it: what it had sent is still to be read, and says which.
             return
 

@@ -8,7 +8,8 @@ Happy path: `run` waits until this daemon's own predecessor is gone, meets the s
 when `serving` was read and the service manager, where there is one, knows the successor as the main process. The process then ends.
 
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
-waited for it in `tell` goes on.
+waited for it in `tell` goes on. A system call that fails, for a lack of memory or descriptors, ends the handover at once; but the queue is
+read to its end all the same, for a commit may lie in it.
 
 Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
 client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds
@@ -17,12 +18,12 @@ the socket's end alone while this daemon may still die.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import trio
@@ -69,6 +70,9 @@ BUG = "luod has a bug in its handover and logged it"
 
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
+
+HEAR_AGAIN_S = 0.01
+"""How long until what could not be received is received again, in seconds."""
 
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
@@ -170,6 +174,9 @@ class OldSide:
         except HandoverFailed as failure:
             reason = str(failure)
             raise
+        except OSError as error:
+            reason = f"luod can't hand over: {error.strerror}"
+            raise HandoverFailed(reason) from error
         except Exception as bug:
             reason = BUG
             log.exception(BUG)
@@ -261,8 +268,10 @@ class OldSide:
         said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
             try:
-                with suppress(OSError):
+                try:
                     await self._send_live()
+                except OSError as error:
+                    self._unsent(error)
                 event, said = await self._events.receive()
             except Exception:
                 # Frozen: whatever it is, there is one way back.
@@ -325,7 +334,7 @@ class OldSide:
                 break
             except ManagerGone:
                 break
-            except ManagerFault as error:
+            except (ManagerFault, OSError) as error:
                 log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
                 await trio.sleep(ANNOUNCE_AGAIN_S)
         self._step(OldEvent.CONFIRMED)
@@ -354,8 +363,10 @@ class OldSide:
                 continue
             except trio.TooSlowError:
                 self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
-            except (OSError, trio.ClosedResourceError):
-                pass  # the listener has heard of it too
+            except OSError as error:
+                self._unsent(error)
+            except trio.ClosedResourceError:
+                pass  # it is over
             await self._over.wait()
             return
 
@@ -386,9 +397,15 @@ class OldSide:
                 await self._channel.send(message, fds)
         except trio.TooSlowError:
             self._fail(OldEvent.LATE, f"the successor took nothing for {self._bounds.copy_s:g} s")
-        except OSError:
-            event, said = await self._events.receive()
+        except OSError as error:
+            self._unsent(error)
+            event, said = await self._next(self._bounds.copy_s, "the successor has closed its end, and its end did not come")
             self._fail(event, said)
+
+    def _unsent(self, error: OSError) -> None:
+        """A send has failed. When the successor has closed its end the listener hears of it, and of the reason; of all else it does not."""
+        if error.errno != errno.EPIPE:
+            self._post.send_nowait((OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}"))
 
     async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
         with trio.move_on_after(seconds):
@@ -412,6 +429,7 @@ class OldSide:
             self._deaf.set()
 
     async def _listen_to_end(self) -> None:
+        is_told = False
         while True:
             try:
                 received = await self._channel.receive()
@@ -419,9 +437,17 @@ class OldSide:
                 # Read on: a commit may lie behind it.
                 self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be understood: {error}"))
                 continue
-            except (OSError, trio.ClosedResourceError) as error:
-                self._post.send_nowait((OldEvent.LOST, f"the successor can't be heard: {error}"))
+            except trio.ClosedResourceError:
                 return
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    return  # closed: this attempt is over
+                # It isn't the end of the queue.
+                if not is_told:
+                    self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be heard: {error.strerror}"))
+                    is_told = True
+                await trio.sleep(HEAR_AGAIN_S)
+                continue
             if received is None:
                 self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
                 return
