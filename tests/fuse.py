@@ -14,6 +14,9 @@ LOOKUP: Final = 1
 OPEN: Final = 14
 INIT: Final = 26
 
+_IN_HEADER_BYTES: Final = 40
+"""struct fuse_in_header."""
+
 _CLONE_NEWNS: Final = 0x00020000
 _MS_REC: Final = 1 << 14
 _MS_PRIVATE: Final = 1 << 18
@@ -28,9 +31,14 @@ class Server:
 
     Args:
         mode: the file type of its root, as S_IFDIR or S_IFREG; `where` must be of the same type.
+        flags: what the server can, FUSE_WRITEBACK_CACHE and so on.
+
+    Attributes:
+        body: what the last request said.
     """
 
-    def __init__(self, where: str, mode: int) -> None:
+    def __init__(self, where: str, mode: int, flags: int = 0) -> None:
+        self.body = b""
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None):
             raise NoFuse(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
@@ -43,12 +51,14 @@ class Server:
             raise NoFuse(f"no FUSE: {os.strerror(ctypes.get_errno())}")
         opcode, unique = self.asked()
         assert opcode == INIT
-        # struct fuse_init_out: version 7.31, nothing optional, writes of 4,096 bytes.
-        self.answer(unique, body=struct.pack("<IIIIHHIIHHI28x", 7, 31, 0, 0, 0, 0, 4096, 1, 0, 0, 0))
+        # struct fuse_init_out: version 7.31, nothing optional but `flags`, writes of 4,096 bytes.
+        self.answer(unique, body=struct.pack("<IIIIHHIIHHI28x", 7, 31, 0, flags, 0, 0, 4096, 1, 0, 0, 0))
 
     def asked(self) -> tuple[int, int]:
         """Wait for a request: its opcode, and the number to answer it by."""
-        _, opcode, unique = struct.unpack_from("<IIQ", os.read(self.fd, 1 << 17))
+        request = os.read(self.fd, 1 << 17)
+        _, opcode, unique = struct.unpack_from("<IIQ", request)
+        self.body = request[_IN_HEADER_BYTES:]
         return opcode, unique
 
     def answer(self, unique: int, *, error: int = 0, body: bytes = b"") -> None:

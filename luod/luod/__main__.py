@@ -228,7 +228,9 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
             await server.tell_manager("STOPPING=1")
             listening.unbind(directory, server.bound)
             nursery.cancel_scope.cancel()
-    _exit()
+        server.leave()
+        # Within the signals' context: more of them, unread at its end, would end this process before its time.
+        _exit(server)
 
 
 @attrs.frozen(kw_only=True)
@@ -342,14 +344,15 @@ class _Start:
 async def _leave_when_replaced(server: Server) -> None:
     await server.upgrades.replaced.wait()
     # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
-    _exit()
+    _exit(server)
 
 
-def _exit() -> NoReturn:
+def _exit(server: Server) -> NoReturn:
     # The kernel closes what is held, all at once; tearing the interpreter down would only close it one by one.
     logging.shutdown()
     with suppress(OSError):
         sys.stderr.flush()
+    server.closer.close_all_but_what_hangs()
     os._exit(0)
 
 

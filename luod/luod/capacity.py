@@ -9,6 +9,7 @@ import attrs
 
 from luod.config import LimitsTable
 from luod.quota import Share
+from luod_protocol.limits import MAX_FDS_PER_PACKET
 
 SHARED_UID_PRESERVED_FDS: Final = 512
 """fds in boxes when other programs may run as luod's uid: in-flight fds count against the uid, and everybody of it whose RLIMIT_NOFILE is
@@ -20,6 +21,13 @@ PRIVILEGED_PRESERVED_FDS: Final = 1_000_000
 HEADROOM_FDS: Final = 1024
 """Descriptors that the daemon keeps free of clients' staged fds: for packets, boxes, peeks and connections."""
 
+LEAST_HEADROOM_FDS: Final = 2 * MAX_FDS_PER_PACKET + 64
+"""The same where RLIMIT_NOFILE is low: a packet and a box's content at once, and luod's own. With less the kernel cuts a packet off before
+luod can refuse it."""
+
+CLOSING_FDS: Final = 512
+"""fds of one uid that may wait to be closed before nothing more is read from it."""
+
 CAP_SYS_ADMIN: Final = 21
 CAP_SYS_RESOURCE: Final = 24
 
@@ -28,14 +36,15 @@ CAP_SYS_RESOURCE: Final = 24
 class Capacity:
     """What the daemon takes, all clients together, and the share of each uid.
 
-    `staged_fds` are those of open sessions, each a descriptor of the daemon; `preserved_fds` those in boxes, each in flight for the
-    daemon's uid.
+    `staged_fds` are those of open sessions, each a descriptor of the daemon, and those that wait to be closed; of the latter each uid has
+    `closing_fds` at most, and one packet. `preserved_fds` are those in boxes, each in flight for the daemon's uid.
     """
 
     sessions: int
     connections: int
     staged_fds: int
     preserved_fds: int
+    closing_fds: int
     share: Share
 
 
@@ -44,7 +53,8 @@ def capacity(limits: LimitsTable) -> Capacity:
     # Which luod has from the start: see `__main__`.
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = min(limits.max_connections, descriptors // 4)
-    staged = descriptors - connections - min(HEADROOM_FDS, descriptors // 4)
+    headroom = min(HEADROOM_FDS, max(descriptors // 4, min(LEAST_HEADROOM_FDS, descriptors // 2)))
+    staged = descriptors - connections - headroom
     preserved = preserved_fds(limits, descriptors)
     per_uid = limits.per_uid
     return Capacity(
@@ -52,6 +62,7 @@ def capacity(limits: LimitsTable) -> Capacity:
         connections=connections,
         staged_fds=staged,
         preserved_fds=preserved,
+        closing_fds=min(CLOSING_FDS, max(1, staged // 4)),
         share=Share(
             sessions=per_uid.max_sessions or _half(limits.max_sessions),
             connections=per_uid.max_connections or _half(connections),

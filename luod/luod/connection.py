@@ -36,6 +36,7 @@ import trio
 
 from luod.capacity import Capacity
 from luod.changes import Change
+from luod.closing import Closer, Closing
 from luod.custody import Client, Custody, Outcome, Pending
 from luod.gate import Gate
 from luod.orchestrator import Orchestrator
@@ -77,13 +78,12 @@ class Host(Protocol):
     orchestrator: Orchestrator
     custody: Custody
     capacity: Capacity
+    closer: Closer
     generation: int
 
     async def perform(self, pending: Pending) -> Outcome: ...
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = ...) -> None: ...
-
-    def close_later(self, fds: Sequence[OwnedFd]) -> None: ...
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = ...) -> None: ...
 
     def status(self, seq: int) -> m.DaemonStatus: ...
 
@@ -161,7 +161,19 @@ class Connection:
     async def _receive(self) -> wire.Packet | None:
         # Within the gate: no time-out may move anything while the daemon is frozen.
         with trio.move_on_after(HELLO_S if self.protocol.state is State.NEW else float("inf")):
-            return await wire.receive_async(self._sock)
+            # As trio's recvmsg does it: cancelled it has had no effect, and between two packets the others have their turn. Whether there
+            # is room is asked right before each packet.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            waited = False
+            while True:
+                await self._host.closer.room(self.client.uid)
+                with suppress(BlockingIOError):
+                    packet = wire.receive(self.raw, flags=socket.MSG_DONTWAIT, dispose=self._close_later)
+                    if not waited:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    return packet
+                await trio.lowlevel.wait_readable(self.raw)
+                waited = True
         raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
 
     async def _send(self, unread: Unread) -> None:
@@ -204,7 +216,7 @@ class Connection:
                 self._queue(request, reply, fds)
         finally:
             if packet.fds:
-                self._host.close_later(packet.take_fds())
+                self._close_later(packet.take_fds())
 
     async def _grant(self, request: m.Request, packet: wire.Packet) -> tuple[m.Reply | None, Sequence[OwnedFd]]:
         try:
@@ -292,12 +304,18 @@ class Connection:
         """Close it without a task having run: the client is told by the end of its connection."""
         with suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        if self.raw.fileno() != -1:
+            trio.lowlevel.notify_closing(self.raw)
+            # What the client sent and luod didn't read is closed with it.
+            self._close_later([OwnedFd(self.raw.detach())])
         if self.unread is not None:
-            self._host.close_later(self.unread.fds)
+            self._close_later(self.unread.fds)
             self.unread = None
+
+    def _close_later(self, fds: Sequence[OwnedFd]) -> None:
+        self._host.closer.later(Closing(self.client.uid, fds))
 
     def _end(self) -> None:
         self.forget()
-        self._host.close_later(self._host.custody.lost(self.client))
+        self._host.closer.later(self._host.custody.lost(self.client))
         self._host.left(self)

@@ -18,6 +18,7 @@ import attrs
 from luod import checks, survival
 from luod.capacity import Capacity
 from luod.changes import Change
+from luod.closing import NOTHING, Closing
 from luod.lifecycle import SessionEvent, SessionState
 from luod.policy import ROOT, Peer, Policy
 from luod.quota import Quota
@@ -53,7 +54,7 @@ class Outcome:
     reply: m.Reply
     fds: Sequence[OwnedFd] = ()
     changes: Sequence[Change] = ()
-    closing: Sequence[OwnedFd] = ()
+    closing: Closing = NOTHING
     again: bytes = b""
 
 
@@ -98,12 +99,22 @@ class Custody:
         policy: who may do what.
         generation: of this daemon.
         publish: called with an event's name, its session and a detail, for those who monitor.
+        being_closed: how many fds wait to be closed.
 
     Attributes:
         outlook: what finalized sessions survive.
     """
 
-    def __init__(self, *, system: System, capacity: Capacity, policy: Policy, generation: int, publish: Publish) -> None:
+    def __init__(
+        self,
+        *,
+        system: System,
+        capacity: Capacity,
+        policy: Policy,
+        generation: int,
+        publish: Publish,
+        being_closed: Callable[[], int] = int,
+    ) -> None:
         self.outlook = survival.ALONE
         self.store = Store()
         self.quota: Final = Quota(capacity.share, exempt=(ROOT, system.uid))
@@ -112,6 +123,7 @@ class Custody:
         self.policy: Final = policy
         self.generation: Final = generation
         self.publish: Final = publish
+        self.being_closed: Final = being_closed
 
     @property
     def preserved_fds(self) -> int:
@@ -123,15 +135,15 @@ class Custody:
         """Entries of all open sessions."""
         return self.quota.total.staged_fds
 
-    def lost(self, client: Client) -> list[OwnedFd]:
-        """A client is gone: roll its open session back (these fds are to be closed), or release its claim."""
+    def lost(self, client: Client) -> Closing:
+        """A client is gone: roll its open session back, or release its claim. Returns what is to be closed."""
         session = client.session
         if session is None:
-            return []
+            return NOTHING
         if session.state is SessionState.OPEN:
             return self.end(client, session, SessionEvent.SERIALIZER_LOST, "rolled-back")
         self.let_go(client, session, SessionEvent.CLAIMER_LOST)
-        return []
+        return NOTHING
 
     def adopt(self, session: Session) -> None:
         """Take in a session from a succession: open, preserved or claimed."""
@@ -146,14 +158,14 @@ class Custody:
         """Move a box out again, to be adopted as a session or closed."""
         self.store.opaque.remove(opaque)
 
-    def drop(self, session_id: bytes) -> list[OwnedFd]:
-        """Take out a session that was adopted from a predecessor, where it ended since. Returns the fds to close."""
+    def drop(self, session_id: bytes) -> Closing:
+        """Take out a session that was adopted from a predecessor, where it ended since. Returns what is to be closed."""
         session = self.store.by_id(session_id)
         if session is None:
-            return []
+            return NOTHING
         self.store.remove(session)
         self.quota.release(session)
-        return session.take_fds()
+        return Closing(session.owner, session.take_fds())
 
     def survived(self, session: Session) -> tuple[str, ...]:
         """What a finalized session survives."""
@@ -163,8 +175,8 @@ class Custody:
         """How many sessions are in `state`."""
         return sum(session.state is state for session in self.store)
 
-    def end(self, client: Client, session: Session, event: SessionEvent, name: str) -> list[OwnedFd]:
-        """A session ends with `event`, published as `name`. Returns the fds to close."""
+    def end(self, client: Client, session: Session, event: SessionEvent, name: str) -> Closing:
+        """A session ends with `event`, published as `name`. Returns what is to be closed."""
         session.step(event)
         if session.sealed is not None:
             self.store.remember(
@@ -175,7 +187,7 @@ class Custody:
         if client.session is session:
             client.session = None
         self.publish(name, session, f"{session.size} entries")
-        return session.take_fds()
+        return Closing(session.owner, session.take_fds())
 
     def let_go(self, client: Client, session: Session, event: SessionEvent) -> None:
         """A claim ends and the session is preserved again."""

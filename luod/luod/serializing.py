@@ -18,6 +18,7 @@ import attrs
 
 from luod import checks, manifest
 from luod.changes import Sealing
+from luod.closing import Closing
 from luod.custody import Client, Custody, Outcome, Pending, Storing, no_entry, own
 from luod.handlers import recognize
 from luod.handlers.base import Probe
@@ -117,11 +118,12 @@ class Serializing:
                 "put them into a memfd and preserve that",
             )
         self._custody.quota.refuse_beyond(session.owner, Cost(staged_fds=len(entries), metadata_bytes=added))
-        if self._custody.staged_fds + len(entries) > self._custody.capacity.staged_fds:
+        here = self._custody.staged_fds + self._custody.being_closed()
+        if here + len(entries) > self._custody.capacity.staged_fds:
             raise Refusal(
                 Code.LIMIT_REACHED,
-                f"open sessions have {self._custody.staged_fds} fds here and {self._custody.capacity.staged_fds} is the limit: "
-                "finalize what is complete, then go on",
+                f"luod has {here} fds of open sessions, those that it is closing included, and {self._custody.capacity.staged_fds} is the "
+                "limit: finalize what is complete, then go on",
             )
         for entry in entries:
             if entry.name in session.staged:
@@ -167,7 +169,7 @@ class Serializing:
         session.step(SessionEvent.UNPRESERVE)
         taken = [session.staged.pop(name) for name in request.names]
         session.weight -= weigh(staged.entry for staged in taken)
-        closing = [staged.fd for staged in taken]
+        closing = Closing(session.owner, [staged.fd for staged in taken])
         self._custody.quota.charge(session)
         return Outcome(reply=m.Unpreserved(seq=request.seq), closing=closing)
 

@@ -7,7 +7,7 @@ Happy path: `start()` begins to accept; `thaw()` lets everything move; `stop` or
 
 Unhappy paths:
 1. Descriptors run out: accepting pauses for `ACCEPT_PAUSE_S` and goes on; connections are limited below that.
-2. Closing a client's fd blocks: it happens in a thread, and only whoever asked for it waits.
+2. Closing a client's fd blocks: `closing`.
 
 Invariants: what changes the set of finalized sessions is known to the service manager, then to a successor, then to the client who asked.
 """
@@ -27,6 +27,7 @@ import trio
 from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
+from luod.closing import Closer, Closing, Threads
 from luod.config import Config
 from luod.connection import Connection, Unread
 from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
@@ -44,14 +45,14 @@ from luod.succession.keeping import Keeper
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
 from luod.succession.opaque import as_session, decide, tell
-from luod.succession.other import see_off
+from luod.succession.other import left, see_off
 from luod.system import Process, System
 from luod.upgrades import Upgrades
 from luod_protocol import messages as m
 from luod_protocol import wire
 from luod_protocol.connection import ServerConnection, State, fault
 from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
-from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.fds import OwnedFd
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
 
@@ -69,9 +70,6 @@ REPORT_S: Final = 10.0
 
 CONTROL_RESERVE: Final = 16
 """Connections to control beyond the limit."""
-
-CLOSING_THREADS: Final = 64
-"""Threads that close clients' fds at the same time."""
 
 log = logging.getLogger("luod")
 
@@ -114,6 +112,7 @@ class Server:
         self.door = Gate(is_open=not frozen)
         """For accepting: it is closed first, for whoever connects waits in the backlog and notices nothing."""
         self.system = system
+        self.threads = Threads()
         self.boot_id = system.boot_id
         self.directory = directory
         self.generation = generation
@@ -121,7 +120,15 @@ class Server:
         self.started_at = system.now()
         self.last_pause_us = 0
         self.bound: Final = tuple(bound)
-        self.custody = Custody(system=system, capacity=capacity, policy=config.policy, generation=generation, publish=self._publish)
+        self.closer = Closer(nursery=nursery, threads=self.threads, most=capacity.closing_fds, exempt=(ROOT, system.uid))
+        self.custody = Custody(
+            system=system,
+            capacity=capacity,
+            policy=config.policy,
+            generation=generation,
+            publish=self._publish,
+            being_closed=lambda: self.closer.total,
+        )
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
         self.orchestrator = Orchestrator(self.custody, recognizer)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
@@ -133,9 +140,7 @@ class Server:
         self._lock = lock
         self._listeners = dict(listeners)
         self._connections: dict[Connection, None] = {}
-        self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
-        self._abandoned: list[OwnedFd] = []
         self._leaving: set[str] = set()
         self._settling: dict[bytes, trio.Event] = {}
 
@@ -171,10 +176,15 @@ class Server:
                         log.warning("can't accept on %s: %s", endpoint, error.strerror)
                         await self.door.wait(_pause)
                     continue
-                self.welcome(endpoint, socket.socket(fileno=accepted.detach()))
+                if not self.welcome(endpoint, socket.socket(fileno=accepted.detach())):
+                    await self.door.wait(_pause)
 
-    def welcome(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        """Serve a connection that was accepted; takes the socket over."""
+    def welcome(self, endpoint: Endpoint, sock: socket.socket) -> bool:
+        """Serve a connection that was accepted; takes the socket over.
+
+        Returns:
+            Whether the next one may come at once: not behind somebody whose sockets luod can't even close.
+        """
         # Who may upgrade or look at a luod that is full must still get in.
         room = self.capacity.connections + (CONTROL_RESERVE if endpoint is Endpoint.CONTROL else 0)
         pid, who = peer(sock)
@@ -182,13 +192,16 @@ class Server:
         if len(self._connections) >= room:
             reason = f"luod has {len(self._connections)} connections, its limit: try again later"
         if reason:
-            with sock, suppress(OSError):
+            with suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
-            return
+                sock.shutdown(socket.SHUT_RDWR)
+            self.closer.later(Closing(who.uid, [OwnedFd(sock.detach())]))
+            return self.closer.has_room(who.uid)
         client = Client(peer=who, process=self.system.process(pid))
         connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
         self._keep(connection)
         self._nursery.start_soon(connection.run)
+        return True
 
     def refuse_peer(self, endpoint: Endpoint, uid: int) -> None:
         """Refuse a uid that has no business at `endpoint`.
@@ -234,8 +247,8 @@ class Server:
             pending.undo()
             raise
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = b"") -> None:
-        """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = b"") -> None:
+        """What must be done before a reply: tell the successor, close what was let go (see `Closer.close`), wait for the predecessor's end.
 
         Args:
             again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
@@ -259,29 +272,19 @@ class Server:
                     del self._settling[session_id]
             settled.set()
 
-    async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+    async def _settle(self, changes: Sequence[Change], closing: Closing) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
                 await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
-        if closing:
-            await self._close(list(closing))
+        if closing.fds:
+            await self.closer.close(closing)
             if self._alone is not None:
                 await self._alone.wait()
 
-    def close_later(self, fds: Sequence[OwnedFd]) -> None:
-        """Close fds whose closing nobody waits for, off the event loop."""
-        if fds and self._nursery.cancel_scope.cancel_called:
-            # The process ends now, and the kernel closes them.
-            self._abandoned += fds
-        elif fds:
-            self._nursery.start_soon(self._close, list(fds))
-
-    async def _close(self, fds: list[OwnedFd]) -> None:
-        try:
-            await trio.to_thread.run_sync(close_all, fds, limiter=self._closers, abandon_on_cancel=True)
-        except OSError as error:
-            log.warning("closing a client's fd: %s", error.strerror)
+    def leave(self) -> None:
+        """The process ends with nobody after it: close what it holds, so that one owner's that hangs keeps no other's."""
+        self.closer.leave([Closing(session.owner, session.take_fds()) for session in self.store])
 
     def status(self, seq: int) -> m.DaemonStatus:
         """How the daemon is.
@@ -446,7 +449,7 @@ class Server:
             self.store.retrieved.pop(description.session_id, None)
         for opaque in decided.ended:
             self.custody.give_opaque(opaque)
-            self.close_later([opaque.box])
+            self.closer.later(Closing(opaque.manifest.owner if opaque.manifest else self.system.uid, [opaque.box]))
             self._leaving.add(opaque.stored)
 
     async def drop_session(self, ended: Ended) -> None:
@@ -471,7 +474,7 @@ class Server:
         """The predecessor died before all connections were here: end those that are, and roll back what is tied to them."""
         for connection in list(self._connections):
             connection.forget()
-            self.close_later(self.custody.lost(connection.client))
+            self.closer.later(self.custody.lost(connection.client))
             self.left(connection)
 
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
@@ -500,7 +503,7 @@ class Server:
     async def _outlive(self, predecessor: OwnedFd, alone: trio.Event, stored_others: Collection[str]) -> None:
         patience_s = MANAGED_PREDECESSOR_S if self.manager is not None else PREDECESSOR_S
         with predecessor:
-            if await see_off(predecessor.fileno(), patience_s):
+            if not await left(predecessor.fileno(), patience_s) and await see_off(predecessor.fileno(), 0):
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()

@@ -35,7 +35,7 @@ NONE: MultipleResults[Any] = multiple()
 
 
 def custody_of(share: Share = SHARE) -> Custody:
-    capacity = Capacity(sessions=1000, connections=1000, staged_fds=1000, preserved_fds=1000, share=share)
+    capacity = Capacity(sessions=1000, connections=1000, staged_fds=1000, preserved_fds=1000, closing_fds=1000, share=share)
 
     def publish(event: str, session: Session, detail: str) -> None:
         """Nobody monitors."""
@@ -92,7 +92,7 @@ class Books(RuleBasedStateMachine):
                 outcome = outcome.act("")
         finally:
             close_all(given)
-        close_all([*outcome.closing, *outcome.fds])
+        close_all([*outcome.closing.fds, *outcome.fds])
         return outcome
 
     def expect(self, owner: int, more: Cost, act: Callable[[], object]) -> bool:
@@ -156,7 +156,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(client=consumes(opened))
     def roll_back(self, client: Client) -> None:
-        close_all(self.custody.lost(client))
+        self.custody.lost(client).now()
 
     @rule(session=consumes(finalized))
     def discard(self, session: Session) -> None:
@@ -177,13 +177,13 @@ class Books(RuleBasedStateMachine):
     def release(self, client: Client) -> Session:
         session = client.session
         assert session is not None
-        close_all(self.custody.lost(client))
+        self.custody.lost(client).now()
         return session
 
     @rule(session=consumes(finalized))
     def drop(self, session: Session) -> None:
         """As a successor does when its predecessor says that the session is gone."""
-        close_all(self.custody.drop(session.session_id))
+        self.custody.drop(session.session_id).now()
 
     @rule()
     def hand_over(self) -> None:
