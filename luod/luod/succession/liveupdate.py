@@ -1,8 +1,8 @@
 """The kernel's Live Update Orchestrator: /dev/liveupdate and its sessions, as typed calls.
 
-Theory. A kernel session is a fd with a name. In the old kernel fds are preserved in it under tokens; the reboot into a kernel that was loaded
-with kexec takes all kernel sessions along that are open at that moment. In the new kernel each is retrieved by its name, its fds by their
-tokens, any number of times; `finish` makes them ordinary. The kernel tells nobody which sessions there are.
+Theory. A kernel session is a fd with a name. In the old kernel fds are preserved in it under tokens; the reboot into a kernel that was
+loaded with kexec takes all kernel sessions along that are open at that moment. In the new kernel each is retrieved by its name, once,
+its fds by their tokens, any number of times; `finish` makes them ordinary. The kernel tells nobody which sessions there are.
 
 Happy path: `Device.open`, `create`, `preserve`...; the kexec; `Device.open`, `retrieve`, `retrieve`..., `finish`.
 
@@ -25,7 +25,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd
@@ -62,7 +62,7 @@ _MEANINGS: Final[Mapping[tuple[int, int], str]] = {
     (_PRESERVE_FD, errno.EOPNOTSUPP): "this kernel can't carry this fd: of its kind it takes not all",
     (_PRESERVE_FD, errno.EINVAL): "this kernel can't carry this fd: of its kind it takes not all (no memfds of huge pages, for one)",
     (_PRESERVE_FD, errno.EEXIST): "this token is used already",
-    (_PRESERVE_FD, errno.EBUSY): "another kernel session has it already",
+    (_PRESERVE_FD, errno.EBUSY): "a kernel session has it already",
     (_PRESERVE_FD, errno.ENOSPC): f"this kernel session is full ({MAX_FILES} fds)",
     (_PRESERVE_FD, errno.ENOMEM): "the kernel has no memory to carry it",
     (_RETRIEVE_FD, errno.ENOENT): "this kernel session has no such token",
@@ -83,11 +83,18 @@ class LiveUpdateFault(LuodError):
     Args:
         message: what, and why.
         number: errno(3); 0 where none was given.
+        reason: only why; empty: the message.
     """
 
-    def __init__(self, message: str, number: int = 0) -> None:
+    def __init__(self, message: str, number: int = 0, reason: str = "") -> None:
         super().__init__(message)
         self.errno = number
+        self.reason = reason or message
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it is only that there is no such thing: no device, no kernel session, no handler for a kind of fd."""
+        return self.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 
 
 def _call(fd: int, request: int, argument: bytearray, what: str) -> None:
@@ -96,15 +103,55 @@ def _call(fd: int, request: int, argument: bytearray, what: str) -> None:
     except OSError as error:
         number = error.errno or 0
         meaning = _MEANINGS.get((request, number)) or _GENERAL.get(number) or error.strerror
-        raise LiveUpdateFault(f"{what}: {meaning}", number) from None
+        raise LiveUpdateFault(f"{what}: {meaning}", number, str(meaning)) from None
+
+
+class Sessions(Protocol):
+    """What luod needs of the device, open; close it soon."""
+
+    def create(self, name: str) -> Kept: ...
+
+    def retrieve(self, name: str) -> Kept: ...
+
+    def close(self) -> None: ...
+
+
+class Kept(Protocol):
+    """What luod needs of a kernel session; who owns it decides when it ends."""
+
+    @property
+    def name(self) -> str: ...
+
+    def preserve(self, fd: int, token: int) -> None: ...
+
+    def retrieve(self, token: int) -> OwnedFd: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Opening(Protocol):
+    """Opens the device, waiting for at most so many seconds while another process has it; `Device.open` is one.
+
+    Raises:
+        LiveUpdateFault: it can't be opened.
+    """
+
+    def __call__(self, *, patience_s: float) -> Sessions: ...
 
 
 class KernelSession:
     """A kernel session's fd, owned. See the module's invariants before closing it."""
 
     def __init__(self, name: str, fd: OwnedFd) -> None:
-        self.name: Final = name
+        self._name: Final = name
         self.fd: Final = fd
+
+    @property
+    def name(self) -> str:
+        """As it was created or retrieved."""
+        return self._name
 
     def preserve(self, fd: int, token: int) -> None:
         """Have the kernel carry the borrowed `fd` under `token`.
@@ -144,7 +191,7 @@ class Device:
         self._fd = fd
 
     @classmethod
-    def open(cls, path: str = PATH, *, patience_s: float = PATIENCE_S, sleep: Callable[[float], None] = time.sleep) -> Self:
+    def open(cls, *, path: str = PATH, patience_s: float = PATIENCE_S, sleep: Callable[[float], None] = time.sleep) -> Self:
         """Open it. Blocks for up to `patience_s` seconds.
 
         Raises:
