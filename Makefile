@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Twice the processors: many tests wait for processes more than they work.
 JOBS ?= $(shell expr 2 '*' `nproc`)
+LAB_JOBS ?= $(shell nproc)
 READY := $(VENV)/ready$(subst /,-,-$(PYTHON))
 BENCH := benchmarks/build/fdmove
 CFLAGS ?= -O2 -g
@@ -15,11 +16,18 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test test-lab lab-kernel demo bench lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-lab: $(READY)-test  ## the tests that boot a kernel of their own, with live update, under QEMU
+	@$(BIN)/python tests/lab/vm.py --check
+	@$(BIN)/python -m pytest -m lab -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
+
+lab-kernel:  ## that kernel, from Debian's source, in the user's cache; where there is one already it is taken
+	@'$(PYTHON)' tests/lab/vm.py --kernel || tests/lab/build-kernel "$$('$(PYTHON)' tests/lab/vm.py --kernel-place)"
 
 demo: $(READY)-test  ## the whole story on this machine
 	@$(BIN)/luoctl demo $(ARGS)
