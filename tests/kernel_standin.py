@@ -27,13 +27,14 @@ SEALABLE: Final = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 class KernelStandin:
     """`opening` opens its device. `calls` has what was done; `fault(call)` may raise what the kernel shall answer.
 
-    `outgoing` are the sessions for the next kernel, `incoming` those from the last.
+    `boot` counts kernels, `outgoing` are the sessions for the next kernel, `incoming` those from the last.
     """
 
     calls: list[str] = attrs.Factory(list[str])
     fault: Callable[[str], None] = lambda _: None
     outgoing: dict[str, SessionStandin] = attrs.Factory(dict[str, "SessionStandin"])
     incoming: dict[str, SessionStandin] = attrs.Factory(dict[str, "SessionStandin"])
+    boot: int = 1
     is_there: bool = True
     is_open: bool = False
 
@@ -59,7 +60,7 @@ class KernelStandin:
 
     def kexec(self) -> KernelStandin:
         """The next kernel, with what was preserved; this one is gone."""
-        following = KernelStandin()
+        following = KernelStandin(boot=self.boot + 1)
         for name, session in list(self.outgoing.items()):
             copies = {token: _copied(fd) for token, fd in session.files.items()}
             following.incoming[name] = SessionStandin(kernel=following, name=name, files=copies, came=True)

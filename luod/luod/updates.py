@@ -199,7 +199,9 @@ class Updates:
             memory_bytes=memory,
             hole_bytes=holes,
             open_sessions=tuple(_told(each) for each in custody.store if each.state is SessionState.OPEN),
-            cannot={_told(each): cannot[each.session_id] for each in sessions if each.session_id in cannot},
+            cannot={
+                f"{_told(each)}, id {each.session_id.hex()}": cannot[each.session_id] for each in sessions if each.session_id in cannot
+            },
         )
 
     def _impossible(self, going: Iterable[Session]) -> str:

@@ -241,6 +241,7 @@ class ClientConnection:
         self.endpoint = endpoint
         self.state = State.NEW
         self._seq = 0
+        self._notices = False
         self._due: deque[m.Request] = deque()
 
     def next_seq(self) -> int:
@@ -260,6 +261,7 @@ class ClientConnection:
             raise Refusal(Code.BAD_REQUEST, f"{request.type} takes {fds_of_request(request)} fds, {fds} were given")
         data = REQUESTS.encode(request)
         self._due.append(request)
+        self._notices = self._notices or (isinstance(request, m.Open) and request.notices)
         return data
 
     def withdraw(self) -> None:
@@ -289,7 +291,7 @@ class ClientConnection:
         _check_fds(reply.type, fds_of_reply(reply), fds)
         if isinstance(reply, m.Event) and self.state is State.MONITORING:
             return reply
-        if isinstance(reply, m.Notice) and self.endpoint is Endpoint.SERIALIZE:
+        if isinstance(reply, m.Notice) and self._notices:
             return reply
         if not self._due:
             raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"{reply.type} came, no request is waiting for an answer")

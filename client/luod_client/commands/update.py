@@ -103,8 +103,11 @@ def _problems(report: m.PreflightReport, args: argparse.Namespace) -> list[str]:
     if os.geteuid() != 0:
         problems.append("only root can reboot")
     if not args.force:
-        staying = {text: why for text, why in report.cannot.items() if not any(f"{name!r}" in text for name in args.leave_behind)}
-        problems += [f"{text} can't travel: {why} (--leave-behind, or finish it)" for text, why in staying.items()]
+        problems += [
+            f"{text} can't travel: {why} (--leave-behind, or finish it)"
+            for text, why in report.cannot.items()
+            if not any(f"{name!r}" in text or text.endswith(f" {name}") for name in args.leave_behind)
+        ]
     return problems
 
 
