@@ -16,7 +16,7 @@ CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test test-lab lab-kernel demo bench lint clean install-systemd $(CHECKS)
+.PHONY: test test-lab lab-kernel demo bench golden soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -34,6 +34,12 @@ demo: $(READY)-test  ## the whole story on this machine
 
 bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 	@PYTHONPATH=tests $(BIN)/python benchmarks/bench.py --fdmove $(BENCH) $(ARGS)
+
+golden: $(READY)-test  ## the golden files of new versions; see tests/golden/make.py
+	@PYTHONPATH=tests $(BIN)/python -m golden.make $(ARGS)
+
+soak: $(READY)-test  ## whether anything is ever lost; ARGS='--seconds 600 --host supervised --seed 7'
+	@PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 

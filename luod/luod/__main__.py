@@ -40,6 +40,7 @@ from luod.succession.kernel import Arrival, unload
 from luod.succession.liveupdate import Device, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.succession.opaque import tell
 from luod.supervisor import command as supervisor
 from luod.system import System
 from luod.updates import steps_us
@@ -263,6 +264,12 @@ class _Start:
         server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
             server.adopt_session(session)
+        for opaque in adopted.opaque:
+            server.adopt_opaque(opaque)
+        tell(adopted.opaque)
+        for session_id, processes in adopted.retrieved.items():
+            for process in processes:
+                server.note_retrieval(session_id, process)
         for ended in adopted.ended:
             server.remember(ended)
         if arrival is not None:
@@ -270,7 +277,7 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving)
+        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
         if arrival is not None:
             server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
             came, lost = len(arrival.sessions), len(arrival.lost)
@@ -374,6 +381,9 @@ def _say_goodbye(server: Server) -> None:
     if held:
         names = ", ".join(repr(session.name) for session in held[:5])
         log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)
+    lost = sum(not opaque.stored for opaque in server.store.opaque)
+    if lost:
+        log.warning("ending with %d sessions that could not be shown here, which end with this luod", lost)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Theory. `Custody` holds the sessions; who may see which session, and how one end
 rules and `quota` the books of what is kept for whom. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a
 request.
 
-Invariants: every session in the store is charged in the quota, as it is now, and no other. A session belongs to one client while open or
-claimed. What a client may not see doesn't exist for it: `no-such-session`.
+Invariants: every session in the store is charged in the quota, as it is now, and no other; what can't be read here is nobody's and counted
+apart. A session belongs to one client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luod.lifecycle import SessionEvent, SessionState
 from luod.policy import ROOT, Peer, Policy
 from luod.quota import Quota
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession.carriable import Carriable
 from luod.survival import Outlook
 from luod.system import Process, System
@@ -48,12 +48,16 @@ class Client:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent."""
+    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent.
+
+    `again` is the id of a session of which the reply says again what was said before, or is just about to be said on another connection.
+    """
 
     reply: m.Reply
     fds: Sequence[OwnedFd] = ()
     changes: Sequence[Change] = ()
     closing: Sequence[OwnedFd] = ()
+    again: bytes = b""
 
 
 @attrs.frozen(kw_only=True)
@@ -120,8 +124,8 @@ class Custody:
 
     @property
     def preserved_fds(self) -> int:
-        """Entries of all finalized sessions."""
-        return self.quota.total.preserved_fds
+        """Entries of all finalized sessions, those that can't be read here among them."""
+        return self.quota.total.preserved_fds + sum(opaque.fds for opaque in self.store.opaque)
 
     @property
     def staged_fds(self) -> int:
@@ -143,6 +147,14 @@ class Custody:
         self.store.add(session)
         self.quota.charge(session)
         self.carriable.see_session(session)
+
+    def keep_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that can't be a session here, or not yet; owned from here on."""
+        self.store.opaque.append(opaque)
+
+    def give_opaque(self, opaque: Opaque) -> None:
+        """Move a box out again, to be adopted as a session or closed."""
+        self.store.opaque.remove(opaque)
 
     def drop(self, session_id: bytes) -> list[OwnedFd]:
         """Take out a session that was adopted from a predecessor, where it ended since. Returns the fds to close."""

@@ -26,7 +26,7 @@ import trio
 
 from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
-from luod.changes import Change, Retrieval
+from luod.changes import Change, Retrieval, Sealing
 from luod.config import Config
 from luod.connection import Connection, Unread
 from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
@@ -38,13 +38,14 @@ from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.policy import ROOT
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
 from luod.succession.carriable import Carriable
 from luod.succession.keeping import Keeper
 from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
+from luod.succession.opaque import as_session, decide, tell
 from luod.succession.other import see_off
 from luod.system import Process, System
 from luod.updates import Updates
@@ -149,6 +150,8 @@ class Server:
         self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
         self._abandoned: list[OwnedFd] = []
+        self._leaving: set[str] = set()
+        self._settling: dict[bytes, trio.Event] = {}
 
     @property
     def store(self) -> Store:
@@ -246,14 +249,32 @@ class Server:
             pending.undo()
             raise
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+
+        Args:
+            again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
 
         Cancelled: the fds are closed all the same.
 
         Raises:
             Refusal: a retrieval can't be written down.
         """
+        if again in self._settling:
+            await self._settling[again].wait()
+        settled = trio.Event()
+        about = {_about(change) for change in changes}
+        self._settling.update(dict.fromkeys(about, settled))
+        try:
+            await self._settle(changes, closing)
+        finally:
+            for session_id in about:
+                # Its beginning may settle when its end does so already.
+                if self._settling.get(session_id) is settled:
+                    del self._settling[session_id]
+            settled.set()
+
+    async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
                 self.keeper.note_retrieval(change.session_id, change.process)
@@ -305,6 +326,7 @@ class Server:
             manager=self.manager.name if self.manager is not None else "",
             stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
+            sessions_opaque=len(self.store.opaque),
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
@@ -314,10 +336,10 @@ class Server:
         """The service manager that watches this daemon."""
         return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
         if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving)
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
             self.custody.outlook = self.keeper.outlook()
 
     async def tell_manager(self, *fields: str) -> None:
@@ -416,13 +438,18 @@ class Server:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
 
+    def note_successor(self) -> None:
+        """A successor may serve from now on."""
+        if self.keeper is not None:
+            self.keeper.note_successor()
+
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
         return self.keeper.others if self.keeper is not None else ()
 
-    def wire_versions(self) -> set[int]:
-        """The versions that connected clients speak."""
-        return {each.protocol.version for each in self._connections if each.protocol.version}
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        """The wire version and the pid of each connected client that has said hello."""
+        return ((each.protocol.version, each.client.process.pid) for each in self._connections if each.protocol.version)
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         """Every live connection: its session, and the messages that describe it with their fds (borrowed). True while frozen."""
@@ -437,6 +464,24 @@ class Server:
         """Take in a session from the predecessor."""
         self.custody.adopt(session)
 
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that a predecessor could not read."""
+        self.custody.keep_opaque(opaque)
+
+    def _settle_opaque(self) -> None:
+        """All sessions are here: which of the boxes that were opaque are sessions now?"""
+        if not self.store.opaque:
+            return
+        decided = decide(self.store.opaque, self.store, {each.session_id for each in self.store.all_ended})
+        for opaque, description in decided.sessions:
+            self.custody.give_opaque(opaque)
+            self.adopt_session(as_session(opaque, description, self.store.retrieved, self.boot_id))
+            self.store.retrieved.pop(description.session_id, None)
+        for opaque in decided.ended:
+            self.custody.give_opaque(opaque)
+            self.close_later([opaque.box])
+            self._leaving.add(opaque.stored)
+
     async def drop_session(self, ended: Ended) -> None:
         """A session that came from the predecessor has ended there: close every copy."""
         self.remember(ended)
@@ -448,9 +493,7 @@ class Server:
 
     def note_retrieval(self, session_id: bytes, process: Process) -> None:
         """A process got fds of a session from the predecessor."""
-        session = self.store.by_id(session_id)
-        if session is not None:
-            session.retrieved_by.add(process)
+        self.store.note_retrieval(session_id, process)
 
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
@@ -467,6 +510,9 @@ class Server:
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
+        self._settle_opaque()
+        if self.keeper is not None:
+            self.keeper.inherit(stored_others)
         if predecessor is not None:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
@@ -491,7 +537,14 @@ class Server:
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-        await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
+        tell(self.store.opaque)
+        leaving = {ledger.name(self.generation - 1), *self._leaving}
+        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
+
+
+def _about(change: Change) -> bytes:
+    """The id of the session that changes."""
+    return change.session.session_id if isinstance(change, Sealing) else change.session_id
 
 
 async def _pause() -> None:

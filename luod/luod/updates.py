@@ -105,7 +105,7 @@ class Updates:
         Args:
             steps_us: what each step took so far.
         """
-        self.state = UpdateState.UPDATED
+        self.state = step(UpdateState.FROZEN, UpdateEvent.KEXEC)
         self._hold = arrival.hold
         self._arrived, self._lost = len(arrival.sessions), arrival.lost
         self._left_behind = arrival.index.left_behind
@@ -253,6 +253,12 @@ class Updates:
                 Code.CANNOT_SURVIVE,
                 f"can't travel: {'. '.join(texts[:5])}{more}. Finish or discard them, or leave them behind, where they end with the kernel "
                 "(--leave-behind SESSION, or --force for all)",
+            )
+        foreign = len(custody.store.opaque)
+        if foreign and not request.force:
+            raise Refusal(
+                Code.CANNOT_SURVIVE,
+                f"luod holds {foreign} sessions of a newer luod that it can't read nor send along: upgrade luod first, or say --force",
             )
         fault = self._impossible(each for each in sessions if each.session_id not in named | cannot.keys())
         if fault:

@@ -44,8 +44,6 @@ class Host(HandingOver, Protocol):
 
     def waiting_for_upgrade(self) -> Iterable[Connection]: ...
 
-    def tell_monitors(self, event: str, detail: str) -> None: ...
-
 
 class Upgrades:
     """See the module's text.

@@ -27,7 +27,8 @@ class DaemonStatus:
 
     `last_pause_us` is what the last handover to this daemon took from freeze to serving, in microseconds; 0 for a first generation.
     `manager` is who would start it again after a crash, empty for nobody; `stored_fds` how many fds it has in the manager's store, of
-    `store_limit`, which is 0 where that isn't known.
+    `store_limit`, which is 0 where that isn't known. `sessions_opaque` counts preserved sessions that this luod can't read: they are kept
+    for one that can.
     """
 
     type: ClassVar[str] = "daemon-status"
@@ -47,6 +48,7 @@ class DaemonStatus:
     manager: str
     stored_fds: int
     store_limit: int
+    sessions_opaque: int
 
 
 @attrs.frozen(kw_only=True)

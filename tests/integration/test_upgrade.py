@@ -276,10 +276,10 @@ def test_a_monitor_goes_on(daemon: Daemon) -> None:
         while not seen or seen[-1].event != "finished":
             seen.append(next(events))
         assert [(event.event, event.lost) for event in seen] == [
-            (name, 0) for name in ("upgrading", "upgraded", "upgrading", "upgraded", "opened", "finalized", "claimed", "finished")
+            (name, 0) for name in (*2 * ("upgrading", "freezing", "upgraded"), "opened", "finalized", "claimed", "finished")
         ]
         assert seen[0].detail == "generation 1"
-        assert seen[3].detail.startswith("generation 3, pause ")
+        assert seen[5].detail.startswith("generation 3, pause ")
         assert seen[-1].session_id == session_id
 
 

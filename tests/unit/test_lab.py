@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,12 @@ def test_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch, cache:
     assert vm.missing()[1:] == [f"LUOD_LAB_KERNEL names {cache / 'bzImage'}, where no kernel is"]
     put(cache / "bzImage")
     assert vm.missing() == [programs]
+
+
+@pytest.mark.parametrize("example", ["vfio_noiommu", "iommufd"])
+def test_an_example_says_why_the_lab_can_not_be_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, example: str) -> None:
+    monkeypatch.setenv("LUOD_LAB_KERNEL", str(tmp_path / "bzImage"))
+    run = Path(__file__).parents[2] / "examples" / example / "run.py"
+    done = subprocess.run([sys.executable, run], capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert f"LUOD_LAB_KERNEL names {tmp_path / 'bzImage'}, where no kernel is" in done.stderr

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -16,9 +16,9 @@ from luod.handlers import kinds, recognize
 from luod.handlers.base import Probe
 from luod.manifest import Entry, Manifest
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
-from luod.succession.messages import Box, Connection, Copied, Handover, Offer
+from luod.succession.messages import Box, Connection, Copied, Frozen, Handover, Offer, OpaqueBox
 from luod.succession.new import Left, NewSide
 from luod.succession.new_table import NewState
 from luod.system import Process, System
@@ -36,6 +36,9 @@ class Heir:
 
     def adopt_session(self, session: Session) -> None:
         self.store.add(session)
+
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        self.store.opaque.append(opaque)
 
     async def drop_session(self, ended: Ended) -> None:
         raise AssertionError(f"nothing has ended: {ended}")
@@ -91,7 +94,9 @@ def old_daemon(*, dead: bool) -> Generator[int]:
         yield process.pid
 
 
-async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir: Heir) -> NewSide:
+async def succeed(
+    old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir: Heir, *, handover: int = 1, endpoints: tuple[str, ...] = ()
+) -> NewSide:
     """Be sent all this by the process `old`, whose end of the socket is closed after it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sender = Channel(theirs)
@@ -102,9 +107,9 @@ async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir
         inherited.append(lock)
         return heir
 
-    offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), bound=(), ended=(), manager=None)
+    offer = Offer(luod="x", pid=old, handover=handover, generation=1, directory="", endpoints=endpoints, bound=(), ended=(), manager=None)
     with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
-        sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
+        sender.send_now(offer, [lock.fileno(), *[lock.fileno() for _ in endpoints], pidfd.fileno()])
     for message, fds in sent:
         sender.send_now(message, fds)
     sender.close()
@@ -117,6 +122,7 @@ async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir
             side.predecessor.close()
         for session in heir.store:
             close_all(session.take_fds())
+        close_all(each.box for each in heir.store.opaque)
     return side
 
 
@@ -135,3 +141,54 @@ async def test_one_wrong_box_among_good_ones(dead: bool, caplog: pytest.LogCaptu
                 with pytest.raises(Left, match="is another object"):
                     await succeed(old, sent, heir)
                 assert [session.name for session in heir.store] == ["first"]
+
+
+@pytest.mark.parametrize("handover", [0, 2])
+async def test_a_handover_of_a_version_that_is_not_known(handover: int) -> None:
+    with old_daemon(dead=False) as old, pytest.raises(Left, match=f"luod x offers handover version {handover}, this luod speaks 1"):
+        await succeed(old, [], Heir(), handover=handover)
+
+
+async def test_an_endpoint_that_is_not_known() -> None:
+    with old_daemon(dead=False) as old, pytest.raises(Left, match="luod x serves at 'migrate', which this luod doesn't"):
+        await succeed(old, [], Heir(), endpoints=("control", "migrate"))
+
+
+async def test_what_the_old_daemon_could_not_read_is_kept_whatever_it_is() -> None:
+    heir = Heir()
+    with ExitStack() as stack:
+        sent: list[tuple[Handover, Sequence[int]]] = []
+        for name in ("good", "wrong"):
+            _, sealed = stack.enter_context(boxed(name, another=name == "wrong"))
+            sent.append((OpaqueBox(stored=name), [sealed.fileno()]))
+        sent.append((OpaqueBox(stored="no box"), [stack.enter_context(memfd()).fileno()]))
+        sent.append((Copied(), ()))
+        side = await succeed(stack.enter_context(old_daemon(dead=True)), sent, heir)
+        assert side.state is NewState.SERVING
+        good, wrong, no_box = heir.store.opaque
+        assert good.manifest is not None
+        assert (good.stored, good.fds, good.manifest.session, good.why) == ("good", 1, "good", "")
+        assert (wrong.stored, wrong.fds, wrong.manifest) == ("wrong", 1, None)
+        assert "is another object" in wrong.why
+        assert (no_box.stored, no_box.fds, no_box.manifest) == ("no box", 0, None)
+
+
+async def test_an_opaque_box_that_did_not_come() -> None:
+    frozen = Frozen(since_us=1, connections=0, sessions=0, opaque=2, stored_others=())
+    with old_daemon(dead=False) as old, boxed("one") as (_, sealed), pytest.raises(Left, match="1 of 2 opaque boxes came"):
+        await succeed(old, [(OpaqueBox(stored=""), [sealed.fileno()]), (Copied(), ()), (frozen, ())], Heir())
+
+
+async def test_a_connection_with_a_wire_version_that_is_not_known() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    live = Connection(
+        endpoint="control",
+        version=2,
+        state="ready",
+        client=Process(pid=77, start=1),
+        session_id=b"",
+        upgrade_seq=-1,
+        lost=0,
+    )
+    with ours, theirs, old_daemon(dead=False) as old, pytest.raises(Left, match="process 77 speaks wire version 2, this luod 1"):
+        await succeed(old, [(Copied(), ()), (live, [ours.fileno()])], Heir())

@@ -99,6 +99,7 @@ def status(args: argparse.Namespace) -> None:
                 ("generation", str(found.generation)),
                 ("started", output.when(found.started_at)),
                 ("sessions", f"{found.sessions_open} open, {found.sessions_preserved} preserved, {found.sessions_claimed} claimed"),
+                ("not shown", _opaque(found)),
                 ("fds", f"{found.preserved_fds} preserved, {found.staged_fds} in open sessions"),
                 ("connections", str(found.connections)),
                 ("descriptors", f"{found.open_fds} open in the daemon"),
@@ -108,6 +109,12 @@ def status(args: argparse.Namespace) -> None:
             )
         )
     )
+
+
+def _opaque(found: m.DaemonStatus) -> str:
+    if not found.sessions_opaque:
+        return ""
+    return f"{found.sessions_opaque} sessions that this luod can't read, kept for a newer one: see luod's log"
 
 
 def _kept(found: m.DaemonStatus) -> str:

@@ -46,15 +46,11 @@ class VfioFault(LuodError):
 
 
 def _ioctl(what: str, fd: int, request: int, argument: bytes | bytearray | int) -> int:
+    """ioctl(2), and what it returns; a bytearray is changed as the kernel does."""
     try:
-        return int(fcntl.ioctl(fd, request, argument)) if isinstance(argument, int) else _with_buffer(fd, request, argument)
+        return fcntl.ioctl(fd, request, bytearray(argument) if isinstance(argument, bytes) else argument)
     except OSError as error:
         raise VfioFault(f"{what}: {error.strerror}") from error
-
-
-def _with_buffer(fd: int, request: int, argument: bytes | bytearray) -> int:
-    buffer = argument if isinstance(argument, bytearray) else bytearray(argument)
-    return int(fcntl.ioctl(fd, request, buffer, True))
 
 
 def _open(path: str) -> OwnedFd:

@@ -31,7 +31,7 @@ import attrs
 
 from luod import verify
 from luod.handlers.base import Mismatch
-from luod.manifest import ManifestFault, ManifestFromTheFuture
+from luod.manifest import ForeignManifest, ManifestFault
 from luod.session import Session
 from luod.succession.liveupdate import MAX_FILES, Kept, LiveUpdateFault, Opening
 from luod.succession.parcel import (
@@ -285,7 +285,7 @@ def unload(opening: Opening, boot_id: str) -> Arrival | None:
         if parcel is not None:
             try:
                 adopted.append(_boxed(shipped, parcel, came, boot_id))
-            except (NotUnloaded, LiveUpdateFault, OSError, Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture) as error:
+            except (NotUnloaded, LiveUpdateFault, OSError, Mismatch, BoxFault, ManifestFault, ForeignManifest) as error:
                 _lose(shipped, str(error), {}, lost)
     _guard(parcels, came)
     held = {session.session_id for session in adopted}

@@ -10,7 +10,9 @@ where there is one, knows the successor as the main process. The process then en
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
 waited for it in `tell` goes on.
 
-Invariants: only receives are cancelled by the freeze; no step waits for a client; each wait for the successor is bounded.
+Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
+client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds
+the socket's end alone while this daemon may still die.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from luod.succession.messages import (
     LetGo,
     Meet,
     Offer,
+    OpaqueBox,
     OpenSession,
     Retrieved,
     Serving,
@@ -50,7 +53,7 @@ from luod.succession.messages import (
     Verified,
 )
 from luod.succession.old_table import OldEvent, OldState, step
-from luod.succession.other import reap, see_off
+from luod.succession.other import kill, reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
@@ -102,9 +105,13 @@ class Host(Protocol):
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]: ...
 
-    def wire_versions(self) -> set[int]: ...
+    def speakers(self) -> Iterable[tuple[int, int]]: ...
 
     def stored_others(self) -> tuple[str, ...]: ...
+
+    def tell_monitors(self, event: str, detail: str) -> None: ...
+
+    def note_successor(self) -> None: ...
 
     async def announce(self, pid: int) -> None: ...
 
@@ -129,6 +136,7 @@ class OldSide:
         self._successor = successor
         self._bounds = bounds
         self._logging = False
+        self._leaving = False
         self._over = trio.Event()
         self._deaf = trio.Event()
         self._serving_read = False
@@ -150,6 +158,8 @@ class OldSide:
             self._host.start_soon(self._listen)
             meet = await self._meet()
             await self._copy(self._offered)
+            # Once more, for clients went on, and open sessions and connections are not in the log.
+            self._refuse_what_it_can_not_carry(meet)
             await self._freeze()
             await self._commit()
             await self._release(meet.pid)
@@ -166,11 +176,13 @@ class OldSide:
                 self._channel.close()
                 self._successor.close()
             else:
-                self._logging = False
+                self._leaving, self._logging = self._logging, False
+                if not self._channel.close(reason):
+                    # It would take the end of the socket for this daemon's death, should that come before its own, and serve what it has.
+                    kill(self._successor.fileno())
                 self._host.gate.open()
                 self._host.door.open()
                 gc.enable()
-                self._channel.close(reason)
                 with trio.CancelScope(shield=True):
                     await self._see_off()
             self._over.set()
@@ -180,15 +192,7 @@ class OldSide:
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
-        manifests = {session.sealed.manifest.version for session in self._host.store if session.sealed is not None}
-        missing = obstacles(
-            meet,
-            manifests=manifests,
-            wires=self._host.wire_versions(),
-            kinds={kind for session in self._host.store for kind in session.kinds},
-        )
-        if missing:
-            self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
+        self._refuse_what_it_can_not_carry(meet)
         self._step(OldEvent.ACCEPTED)
         self._logging = True
         self._offered = [session for session in self._host.store if session.sealed is not None]
@@ -196,7 +200,7 @@ class OldSide:
         offer = Offer(
             luod=RELEASE,
             pid=os.getpid(),
-            handover=VERSIONS.high,
+            handover=VERSIONS.common(meet.handover) or 0,
             generation=self._host.generation,
             directory=self._host.directory,
             endpoints=endpoints,
@@ -208,9 +212,19 @@ class OldSide:
             await self._send(offer, [*fds, pidfd.fileno()])
         return meet
 
+    def _refuse_what_it_can_not_carry(self, meet: Meet) -> None:
+        missing = obstacles(meet, sessions=self._host.store, speakers=self._host.speakers())
+        if missing:
+            self._fail(OldEvent.DECLINED, f"luod {meet.luod:.64} can't carry what is held here: {'; '.join(missing)}")
+
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
             await self._send_box(session, self._send)
+        for opaque in self._host.store.opaque:
+            await self._send(OpaqueBox(stored=opaque.stored), [opaque.box.fileno()])
+        for session_id, processes in self._host.store.retrieved.items():
+            for process in processes:
+                await self._send(Retrieved(session_id=session_id, process=process))
         await self._send(Copied())
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
@@ -218,6 +232,7 @@ class OldSide:
         self._step(event)
 
     async def _freeze(self) -> None:
+        self._host.tell_monitors("freezing", f"generation {self._host.generation}")
         # First the door, where nobody waits for an answer: less is left to be done in the pause.
         self._host.door.close()
         await self._host.door.still()
@@ -256,6 +271,7 @@ class OldSide:
             raise HandoverFailed(f"after the freeze: {said}")
 
     async def _send_live(self) -> None:
+        self._host.note_successor()
         connections = 0
         for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
@@ -268,6 +284,7 @@ class OldSide:
                 since_us=self._since_us,
                 connections=connections,
                 sessions=len(self._host.store),
+                opaque=len(self._host.store.opaque),
                 stored_others=self._host.stored_others(),
             )
         )
@@ -312,9 +329,11 @@ class OldSide:
 
     async def tell(self, changes: Sequence[Change]) -> None:
         """Log before reply: returns when the successor has been sent `changes`, and has closed its copies of what ended. Returns at
-        once when there is no successor to tell, and when this attempt has failed. Call it right after the change, without a checkpoint in
-        between: the log has the order of the changes."""
+        once when there is no successor to tell; when this attempt has failed, as soon as the successor has no copies of what ended. Call
+        it right after the change, without a checkpoint in between: the log has the order of the changes."""
         if not self._logging:
+            if self._leaving and any(isinstance(change, Departure) for change in changes):
+                await self._over.wait()
             return
         for change in changes:
             try:
