@@ -79,6 +79,8 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             server.start()
             try:
                 yield Luod(server=server, directory=directory, kernel=kernel)
+                with trio.fail_after(LIMIT_S):
+                    await idle(nursery)
             finally:
                 nursery.cancel_scope.cancel()
         for listener in listeners.values():
@@ -86,6 +88,14 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
         lock.close()
         kernel.close()
         close_all(fd for session in server.store for fd in session.take_fds())
+
+
+async def idle(nursery: trio.Nursery) -> None:
+    """Wait until every connection has ended and all is closed."""
+    while True:
+        if not any(task.name.endswith(("Connection.run", "Server._close")) for task in nursery.child_tasks):
+            return
+        await trio.sleep(0.001)
 
 
 @pytest.fixture
