@@ -24,6 +24,8 @@ from luod.policy import ROOT, Peer, Policy
 from luod.quota import Quota
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
+from luod.succession.carriable import Carriable
+from luod.survival import Outlook
 from luod.system import Process, System
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
@@ -32,11 +34,12 @@ from luod_protocol.fds import OwnedFd
 
 @attrs.define(kw_only=True, eq=False)
 class Client:
-    """Who is at the other end of a connection, and the session that is tied to it."""
+    """Who is at the other end of a connection, and the session that is tied to it. `notices`: it asked to be told of updates."""
 
     peer: Peer
     process: Process
     session: Session | None = None
+    notices: bool = False
 
     @property
     def uid(self) -> int:
@@ -100,9 +103,11 @@ class Custody:
         generation: of this daemon.
         publish: called with an event's name, its session and a detail, for those who monitor.
         being_closed: how many fds wait to be closed.
+        carriable: what the kernel carries.
 
     Attributes:
-        outlook: what finalized sessions survive.
+        outlook: what finalized sessions survive, but for a kexec.
+        admit: raises a Refusal for a request that must wait for the end of an update.
     """
 
     def __init__(
@@ -113,9 +118,12 @@ class Custody:
         policy: Policy,
         generation: int,
         publish: Publish,
+        carriable: Carriable,
         being_closed: Callable[[], int] = int,
     ) -> None:
         self.outlook = survival.ALONE
+        self.admit: Callable[[m.Request], None] = _admit_all
+        self.carriable: Final = carriable
         self.store = Store()
         self.quota: Final = Quota(capacity.share, exempt=(ROOT, system.uid))
         self.system: Final = system
@@ -149,6 +157,7 @@ class Custody:
         """Take in a session from a succession: open, preserved or claimed."""
         self.store.add(session)
         self.quota.charge(session)
+        self.carriable.see_session(session)
 
     def keep_opaque(self, opaque: Opaque) -> None:
         """Take in a box that can't be a session here, or not yet; owned from here on."""
@@ -169,7 +178,19 @@ class Custody:
 
     def survived(self, session: Session) -> tuple[str, ...]:
         """What a finalized session survives."""
-        return self.outlook.survived(stored=bool(session.stored))
+        return self.outlook_of(session).survived(stored=bool(session.stored))
+
+    def outlook_of(self, session: Session) -> Outlook:
+        """What `session` survives once it is finalized, and why it doesn't survive the rest. It travels whole or not at all."""
+        return self.outlook.with_kernel(self.carriable.why_not(session.sorts))
+
+    def differing(self, session: Session) -> dict[str, tuple[str, ...]]:
+        """Entries that a session of their own would carry further than this one, which has others that the kernel refuses."""
+        refused = self.carriable.refused(session.sorts)
+        if not refused or self.carriable.fault:
+            return {}
+        survived = self.outlook.with_kernel("").survived(stored=bool(session.stored))
+        return {entry.name: survived for entry in session.contents if entry.sort not in refused}
 
     def count(self, state: SessionState) -> int:
         """How many sessions are in `state`."""
@@ -281,6 +302,10 @@ class Custody:
                 f"process {pids} has retrieved from session {session.name!r} and is alive, it may still use what it got: "
                 "end it first, or use force",
             )
+
+
+def _admit_all(_: m.Request) -> None:
+    """There is no update."""
 
 
 def own(client: Client) -> Session:

@@ -52,6 +52,11 @@ class Entry:
     identity: Identity
     facts: dict[str, Fact]
 
+    @property
+    def sort(self) -> str:
+        """Its kind, or more than that where the kernel makes a difference in what it carries through a kexec."""
+        return f"{self.kind} of huge pages" if self.facts.get("huge_page_size") else self.kind
+
 
 @attrs.frozen(kw_only=True)
 class Manifest:

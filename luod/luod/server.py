@@ -41,12 +41,15 @@ from luod.policy import ROOT
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
+from luod.succession.carriable import Carriable
 from luod.succession.keeping import Keeper
+from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
 from luod.succession.opaque import as_session, decide, tell
 from luod.succession.other import left, see_off
 from luod.system import Process, System
+from luod.updates import Updates
 from luod.upgrades import Upgrades
 from luod_protocol import messages as m
 from luod_protocol import wire
@@ -90,6 +93,7 @@ class Server:
         bound: those of the listening sockets that luod bound itself.
         manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
+        opening: opens /dev/liveupdate.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Server:
         bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
+        opening: Opening = Device.open,
     ) -> None:
         self.gate = Gate(is_open=not frozen)
         self.door = Gate(is_open=not frozen)
@@ -127,8 +132,11 @@ class Server:
             policy=config.policy,
             generation=generation,
             publish=self._publish,
+            carriable=Carriable(opening),
             being_closed=lambda: self.closer.total,
         )
+        self.updates = Updates(host=self, opening=opening)
+        self.custody.admit = self.updates.admit
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
         self.orchestrator = Orchestrator(self.custody, recognizer)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
@@ -222,6 +230,7 @@ class Server:
         """A connection has ended."""
         del self._connections[connection]
         self.custody.quota.disconnected(connection.client.uid)
+        self.updates.left(connection)
 
     def _keep(self, connection: Connection) -> None:
         self._connections[connection] = None
@@ -277,6 +286,7 @@ class Server:
             if isinstance(change, Retrieval) and self.keeper is not None:
                 await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
+        await self.updates.follow(changes)
         if closing.fds:
             await self.closer.close(closing)
             if self._alone is not None:
@@ -375,22 +385,46 @@ class Server:
                 m.Event(seq=0, at=self.system.now(), event=event, session=name, session_id=session_id, owner=owner, detail=detail, lost=0)
             )
 
+    # ------------------------------------------------------------------------------------------- updates of the kernel
+
+    async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply:
+        """As `Updates.answer`."""
+        return await self.updates.answer(request, connection)
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Whether a successor is about to take over."""
+        return self.upgrades.is_running
+
+    @property
+    def at_work(self) -> int:
+        """How many requests are being worked on, the one that asks included."""
+        return self.gate.inside
+
+    def tell_clients(self, notice: m.Notice) -> None:
+        """Tell those with an open session who asked for it."""
+        for each in self._connections:
+            if each.client.notices and each.protocol.state is State.OPEN:
+                each.tell(notice)
+
     # ---------------------------------------------------------------------------------------------------- handing over
 
     def upgrade(self, program: str) -> None:
         """Start a successor and hand over to it.
 
         Raises:
-            Refusal: as `Upgrades.start`.
+            Refusal: as `Upgrades.start`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         self.upgrades.start(program)
 
     def takeover(self, connection: Connection) -> OwnedFd:
         """Hand over to the process that asks. Returns its end of the handover socket, owned by the caller.
 
         Raises:
-            Refusal: as `Upgrades.admit`.
+            Refusal: as `Upgrades.admit`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         return self.upgrades.admit(connection)
 
     def waiting_for_upgrade(self) -> Iterable[Connection]:

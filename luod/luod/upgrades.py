@@ -62,6 +62,11 @@ class Upgrades:
         self._bounds: Final = bounds
         self._running: OldSide | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether one is under way."""
+        return self._running is not None
+
     def start(self, program: str) -> None:
         """Start a successor, `program` or (when empty) this installation, and hand over to it.
 

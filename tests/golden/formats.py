@@ -23,7 +23,7 @@ from luod import manifest
 from luod.handlers import recognize
 from luod.handlers.base import Probe
 from luod.manifest import Entry, Identity, Manifest
-from luod.succession import ledger
+from luod.succession import ledger, parcel
 from luod.succession import messages as handover
 from luod.succession.ledger import Ledger, Record
 from luod_protocol import box, wire
@@ -225,6 +225,19 @@ def _write_ledger() -> Generator[tuple[str, bytes, Any]]:
         written.close()
 
 
+def _write_parcel() -> Generator[tuple[str, bytes, Any]]:
+    for kind in (parcel.Parcel, parcel.Index):
+        for full in (True, False):
+            name = f"{kind.type}-{'full' if full else 'least'}"
+            record: parcel.Parcel | parcel.Index = attrs.evolve(sample(kind, name, full=full), version=parcel.VERSION)
+            yield name, parcel.encode(record), plain(record)
+
+
+def _read_parcel(name: str, files: Files) -> Any:
+    decode = parcel.decode_parcel if name.startswith("parcel") else parcel.decode_index
+    return plain(decode(files[name]))
+
+
 def _ledger_bytes(written: Ledger) -> bytes:
     memory = written.memfd.fileno()
     data = os.pread(memory, _HEAD_BYTES, 0)
@@ -299,6 +312,13 @@ FORMATS: Final = (
         where="VERSION in luod/succession/ledger.py",
         write=_write_ledger,
         read=_read_ledger,
+    ),
+    Format(
+        name="parcel",
+        versions=VersionRange(low=1, high=parcel.VERSION),
+        where="VERSION in luod/succession/parcel.py",
+        write=_write_parcel,
+        read=_read_parcel,
     ),
 )
 
