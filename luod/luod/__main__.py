@@ -268,7 +268,7 @@ class _Start:
                 server.note_retrieval(session_id, process)
         for ended in adopted.ended:
             server.remember(ended)
-        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving)
+        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
         server.start()
         gc.collect()
         gc.freeze()

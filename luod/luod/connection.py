@@ -81,7 +81,7 @@ class Host(Protocol):
 
     async def perform(self, pending: Pending) -> Outcome: ...
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None: ...
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = ...) -> None: ...
 
     def close_later(self, fds: Sequence[OwnedFd]) -> None: ...
 
@@ -228,7 +228,7 @@ class Connection:
                     if isinstance(outcome, Pending):
                         outcome = await self._host.perform(outcome)
                     try:
-                        await self._host.settle(outcome.changes, outcome.closing)
+                        await self._host.settle(outcome.changes, outcome.closing, outcome.again)
                     except BaseException:
                         close_all(outcome.fds)
                         raise

@@ -45,12 +45,16 @@ class Client:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent."""
+    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent.
+
+    `again` is the id of a session of which the reply says again what was said before, or is just about to be said on another connection.
+    """
 
     reply: m.Reply
     fds: Sequence[OwnedFd] = ()
     changes: Sequence[Change] = ()
     closing: Sequence[OwnedFd] = ()
+    again: bytes = b""
 
 
 @attrs.frozen(kw_only=True)

@@ -268,7 +268,7 @@ class Serializing:
             raise Refusal(Code.NO_SUCH_SESSION, "no session with this id was finalized: open it and preserve its entries again")
         if session.state is SessionState.OPEN:
             raise Refusal(Code.OUT_OF_ORDER, "the session with this id is open on another connection, which alone can finalize it")
-        return Outcome(reply=self._finalized(request, session))
+        return Outcome(reply=self._finalized(request, session), again=session.session_id)
 
     def _finalized(self, request: m.Finalize, session: Session) -> m.Finalized:
         survives = self._custody.survived(session)

@@ -26,7 +26,7 @@ import trio
 
 from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
-from luod.changes import Change, Retrieval
+from luod.changes import Change, Retrieval, Sealing
 from luod.config import Config
 from luod.connection import Connection, Unread
 from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
@@ -137,6 +137,7 @@ class Server:
         self._alone: trio.Event | None = None
         self._abandoned: list[OwnedFd] = []
         self._leaving: set[str] = set()
+        self._settling: dict[bytes, trio.Event] = {}
 
     @property
     def store(self) -> Store:
@@ -233,17 +234,35 @@ class Server:
             pending.undo()
             raise
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+
+        Args:
+            again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
 
         Cancelled: the fds are closed all the same.
 
         Raises:
             Refusal: a retrieval can't be written down.
         """
+        if again in self._settling:
+            await self._settling[again].wait()
+        settled = trio.Event()
+        about = {_about(change) for change in changes}
+        self._settling.update(dict.fromkeys(about, settled))
+        try:
+            await self._settle(changes, closing)
+        finally:
+            for session_id in about:
+                # Its beginning may settle when its end does so already.
+                if self._settling.get(session_id) is settled:
+                    del self._settling[session_id]
+            settled.set()
+
+    async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
-                self.keeper.note_retrieval(change.session_id, change.process)
+                await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
         if closing:
             await self._close(list(closing))
@@ -301,10 +320,10 @@ class Server:
         """The service manager that watches this daemon."""
         return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
         if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving)
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
             self.custody.outlook = self.keeper.outlook()
 
     async def tell_manager(self, *fields: str) -> None:
@@ -378,6 +397,18 @@ class Server:
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
+
+    def note_successor(self) -> None:
+        """A successor may serve from now on."""
+        if self.keeper is not None:
+            self.keeper.note_successor()
+
+    async def settled(self) -> None:
+        """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
+        if self._alone is not None:
+            await self._alone.wait()
+        if self.keeper is not None:
+            await self.keeper.ready.wait()
 
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
@@ -475,7 +506,12 @@ class Server:
         alone.set()
         tell(self.store.opaque)
         leaving = {ledger.name(self.generation - 1), *self._leaving}
-        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others))
+        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
+
+
+def _about(change: Change) -> bytes:
+    """The id of the session that changes."""
+    return change.session.session_id if isinstance(change, Sealing) else change.session_id
 
 
 async def _pause() -> None:

@@ -16,13 +16,10 @@ Unhappy paths:
 from __future__ import annotations
 
 import ast
-import os
 import random
-import select
 import signal
-import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,13 +29,14 @@ import attrs
 
 import luod_client
 from luod_client import Code, Disconnected, NoDaemon, Refusal
-from luod_protocol import wire
 from luod_protocol.errors import ProtocolFault
 from luod_protocol.fds import close_all
 from luod_protocol.records import SessionInfo
-from processes import LIMIT_S, Client, Talk, User, spawn_client
-from soak.client import EXPECTED, Orders
+from processes import LIMIT_S
+from soak.asking import Again
+from soak.client import EXPECTED
 from soak.contents import fault
+from soak.crew import THREADS, Crew
 from soak.disturber import Disturber
 from soak.hosts import Host, status
 from soak.model import LIMIT_S as LIMIT_NOTICED_S
@@ -53,30 +51,11 @@ LOOK_S: Final = 0.25
 """How often luod is asked what there is, in seconds."""
 REPORT_S: Final = 5.0
 """How often is said how far it is, in seconds."""
-THREADS: Final = 4
-"""Clients in one process."""
 _GONE: Final = (Disconnected, NoDaemon, ProtocolFault)
 
 
 class NotNow(Exception):
     """luod didn't answer, which a crash explains."""
-
-
-def play(talk: Talk, tellings: int, orders: dict[str, Any]) -> None:
-    """The parent of a user's client processes."""
-    from soak.client import nurse
-
-    nurse(talk, tellings, orders)
-
-
-@attrs.define(kw_only=True)
-class _Process:
-    """A client process: its parent, and its pid as luod sees it."""
-
-    parent: Client
-    pid: int = 0
-    uid: int = 0
-    ending: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -118,17 +97,12 @@ class Course:
         self._host = host
         self._seed = seed
         self._dice = random.Random(f"{seed} course")
-        self._wanted = max(1, clients // THREADS)
-        self._enough = enough
+        self._crew = Crew(host, seed=seed, processes=max(1, clients // THREADS), enough=enough)
+        self._again = Again(self.model, host.runtime_dir, self._hear_all)
         self._peers = Peers(LIMIT_NOTICED_S)
-        self._parents = ExitStack()
-        self._nurses: list[Client] = []
-        self._processes: dict[int, _Process] = {}
-        self._started = 0
         self._dead: dict[int, float] = {}
-        self._answers: list[tuple[float, int, int]] = []
+        self._answers = deque[tuple[float, int, int]](maxlen=200)
         self._pids: dict[int, int] = {}
-        self._hear, self._tell = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._began = time.monotonic()
 
     # ---- the whole
@@ -144,17 +118,14 @@ class Course:
             Violation: it isn't.
         """
         with ExitStack() as stack:
-            for end in (self._hear, self._tell):
-                stack.enter_context(end)
             stack.callback(self._peers.close)
-            self._parents = stack.enter_context(ExitStack())
+            stack.enter_context(self._crew)
             stack.callback(self.disturber.stop)
-            self._nurses = [self._parent(user) for user in self._host.users]
             self.disturber.start()
             self._began = time.monotonic()
             looked = reported = killed = self._began
             while time.monotonic() < self._began + seconds or not self._is_enough(disturbances):
-                self._man()
+                self._crew.man()
                 self._hear_all(0.05)
                 now = time.monotonic()
                 if now > looked + LOOK_S:
@@ -162,7 +133,7 @@ class Course:
                     self._look()
                 if now > killed + self._dice.random() * 3:
                     killed = now
-                    self._end(self._dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
+                    self._crew.end(self._dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
                 if now > reported + REPORT_S:
                     reported = now
                     self._weigh()
@@ -197,53 +168,11 @@ class Course:
         if self.disturber.failure is not None:
             raise Violation(Breach.WRONG, f"{self.disturber.now}: {self.disturber.failure!r}") from self.disturber.failure
 
-    # ---- client processes
-
-    def _parent(self, user: User | None) -> Client:
-        orders = Orders(
-            seed=self._seed,
-            where=self._host.where,
-            threads=THREADS,
-            large=user is None and os.geteuid() == 0,
-            enough=self._enough,
-            require=self._host.require,
-        )
-        told = attrs.asdict(orders)
-        fd = self._tell.fileno()
-        within = self._host.within
-        return self._parents.enter_context(spawn_client(play, fd, told, user=user, pass_fds=[fd], dev=False, within=within))
-
-    def _man(self) -> None:
-        """Have as many client processes as are wanted."""
-        while sum(not process.ending for process in self._processes.values()) < self._wanted:
-            self._started += 1
-            parent = self._nurses[self._started % len(self._nurses)]
-            self._processes[self._started] = _Process(parent=parent)
-            parent.tell(("start", self._started))
-
-    def _end(self, sig: int) -> None:
-        """End one of them."""
-        number = self._dice.choice([number for number, process in self._processes.items() if not process.ending])
-        self._processes[number].ending = True
-        self._processes[number].parent.tell((int(sig), number))
-
-    def _ended(self, number: int, sig: int, code: int) -> None:
-        if code not in (0, -sig):
-            raise Violation(Breach.WRONG, f"client process {number} ended with {code}")
-        process = self._processes.pop(number)
-        self.killed += sig == signal.SIGKILL
-        self._dead[process.pid] = time.monotonic()
-        for place in range(THREADS):
-            self.model.orphan((number, place))
-
     # ---- what clients tell
 
     def _hear_all(self, limit_s: float = 0.0) -> None:
         """Hear all that was told by now, or in so many seconds."""
-        while select.select([self._hear], [], [], limit_s)[0]:
-            limit_s = 0.0
-            packet = wire.receive(self._hear)
-            assert packet is not None, "this process has the other end as well"
+        for packet in self._crew.tellings(limit_s):
             with packet:
                 what, asker, asked_at, session_id, values = ast.literal_eval(packet.data.decode())
                 if what == "peers":
@@ -255,16 +184,16 @@ class Course:
     def _heard(self, what: str, asker: Asker, asked_at: float, session_id: bytes, values: tuple[Any, ...]) -> None:
         model = self.model
         if what == "open?":
-            model.open(session_id, self._processes[asker[0]].uid, asker)
+            model.open(session_id, self._crew.member(asker).uid, asker)
         model.note(session_id, f"client {asker[0]}.{asker[1]}: {what} {values if values else ''}"[:300])
         if what.endswith("?"):
             self.operations[what[:-1]] += 1
-        process = self._processes[asker[0]]
+        member = self._crew.member(asker)
         known = model.get(session_id)
         match what:
             case "hello":
-                process.pid, process.uid = values
-                self._dead.pop(process.pid, None)
+                member.pid, member.uid = values
+                self._dead.pop(member.pid, None)
             case "ended":
                 self._ended(asker[0], *values)
             case "open":
@@ -283,9 +212,9 @@ class Course:
                 model.check_found(session_id, asked_at)
                 model.check_holders(session_id, dict(values[0]), asked_at, self._dead)
             case "retrieve?" if known is not None:
-                known.retrieving.add(process.pid)
+                known.retrieving.add(member.pid)
             case "retrieve" if known is not None:
-                known.retrieved.setdefault(process.pid, time.monotonic())
+                known.retrieved.setdefault(member.pid, time.monotonic())
             case "finish?" | "discard?":
                 model.step(session_id, Event.ENDING, asker, what[:-1])
             case "finish" | "discard":
@@ -305,6 +234,14 @@ class Course:
                 pass
         self._expect_ends()
 
+    def _ended(self, number: int, sig: int, code: int) -> None:
+        if code not in (0, -sig):
+            raise Violation(Breach.WRONG, f"client process {number} ended with {code}")
+        self._dead[self._crew.buried(number)] = time.monotonic()
+        self.killed += sig == signal.SIGKILL
+        for place in range(THREADS):
+            self.model.orphan((number, place))
+
     def _refused(self, asker: Asker, asked_at: float, session_id: bytes, verb: str, code: str, message: str) -> None:
         refused = Code(code)
         if refused not in EXPECTED.get(verb, ()):
@@ -322,7 +259,7 @@ class Course:
 
     def _check_generation(self, asked_at: float, generation: int, pid: int) -> None:
         """Generations only go up: an answer is not of an older luod than one that came before it was asked for."""
-        for answered_at, before, before_pid in self._answers[-200:]:
+        for answered_at, before, before_pid in self._answers:
             if answered_at >= asked_at:
                 continue
             if generation < before or (generation == before and pid != before_pid):
@@ -379,48 +316,8 @@ class Course:
     def _ask_again(self) -> None:
         """Find out what became of requests whose answer nobody got."""
         for session_id, verb in self.model.unknown():
-            self._asking(lambda session_id=session_id, verb=verb: self._ask_one_again(session_id, verb))  # type: ignore[misc]
+            self._asking(lambda session_id=session_id, verb=verb: self._again.ask(session_id, verb))  # type: ignore[misc]
             self._expect_ends()
-
-    def _ask_one_again(self, session_id: bytes, verb: str) -> None:
-        said = ""
-        where = self._host.runtime_dir
-        model = self.model
-        try:
-            if verb == "finalize":
-                luod_client.finalize_again(session_id, runtime_dir=where)
-                model.step(session_id, Event.FINALIZED)
-            else:
-                with luod_client.deserialize(runtime_dir=where) as looker:
-                    if verb == "finish":
-                        looker.finish(session_id)
-                    else:
-                        looker.discard(session_id=session_id, force=True)
-                model.step(session_id, Event.ENDED)
-            said = "done"
-        except Refusal as refusal:
-            said = f"{refusal.code} {refusal.message}"
-            self._not_done(session_id, verb, refusal.code)
-        finally:
-            model.note(session_id, f"asked again: {verb}: {said}")
-
-    def _not_done(self, session_id: bytes, verb: str, code: Code) -> None:
-        known = self.model.get(session_id)
-        if known is None or known.state is State.GONE:
-            return  # somebody has told meanwhile
-        if verb == "finalize" and code is Code.NO_SUCH_SESSION:
-            self._hear_all()
-            if known.state is State.SEALING:
-                self.model.step(session_id, Event.ABSENT)
-        elif verb == "finish" and code is Code.OUT_OF_ORDER:
-            # It is claimed as long as luod may still read what its claimer asked.
-            with luod_client.deserialize(runtime_dir=self._host.runtime_dir) as looker, suppress(Refusal):
-                if looker.show(session_id=session_id).info.state == "preserved":
-                    self.model.not_ended(session_id)
-        elif code is Code.SESSION_FINISHED and verb != "finalize":
-            self.model.step(session_id, Event.ENDED)
-        elif code is Code.NO_SUCH_SESSION:
-            raise Violation(Breach.LOST, f"luod knows nothing of a session of which {verb} was asked", session_id)
 
     # ---- the end
 
@@ -445,13 +342,12 @@ class Course:
 
     def _stop_clients(self) -> None:
         """Half of them by a kill, in the middle of what they do."""
-        for count in range(sum(not process.ending for process in self._processes.values())):
-            self._end((signal.SIGKILL, signal.SIGTERM)[count % 2])
+        self._crew.end_all((signal.SIGKILL, signal.SIGTERM))
         deadline = time.monotonic() + LIMIT_S
-        while self._processes:
+        while self._crew.size:
             self._hear_all(0.02)
             if time.monotonic() > deadline:
-                raise Violation(Breach.WRONG, f"clients wait for ever: processes {list(self._processes)}")
+                raise Violation(Breach.WRONG, f"{self._crew.size} client processes wait for ever")
 
     def _unsettled(self) -> bool:
         return any(known.state not in (State.HELD, State.GONE) for known in self.model)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,17 +17,20 @@ from typing import Final
 import attrs
 
 import luod_client
-from faulty import Faulty, ask_upgrade, children_of
+from faulty import Faulty, ask_upgrade, children_of, config
 from harness import Daemon
 from luod_client import LuodError, Refusal
+from luod_protocol.fds import OwnedFd
 from luod_protocol.messages import DaemonStatus
-from processes import ALICE, PYTHON, User, folder_for, until
+from processes import ALICE, LIMIT_S, PYTHON, User, folder_for, readable, until
 from supervising import Supervised
 from systemd_rig import Manager, why_not
 
 SERVICE: Final = "luod.service"
 WATCHDOG_S: Final = 10
 """Long enough for a luod that a busy machine lets wait, in seconds."""
+START_S: Final = 120.0
+"""How long a luod may take to start on a machine that is very busy, in seconds."""
 STABLE_S: Final = 0.4
 """Who has served for so long after a crash stays, in seconds."""
 
@@ -110,7 +114,7 @@ def _stable(runtime_dir: str, but_not: int = 0) -> None:
             seen.clear()
         return pid != but_not and time.monotonic() - seen.setdefault(pid, time.monotonic()) > STABLE_S
 
-    until(same, "a luod that stays")
+    until(same, "a luod that stays", limit_s=START_S)
 
 
 def _serving(runtime_dir: str, but_not: int) -> None:
@@ -121,7 +125,7 @@ def _serving(runtime_dir: str, but_not: int) -> None:
             return status(runtime_dir).pid != but_not
         return False
 
-    until(answers, f"a luod after {but_not}")
+    until(answers, f"a luod after {but_not}", limit_s=START_S)
 
 
 def _kill(pid: int, sig: int = signal.SIGKILL) -> None:
@@ -144,6 +148,11 @@ def _settled(runtime_dir: str, before: DaemonStatus, sessions: int) -> None:
 
 
 # ---- disturbances of any host
+
+
+def _patient(folder: Path) -> tuple[str, str]:
+    """Options of a luod that never takes a busy machine for a successor that hangs; bounds in seconds."""
+    return config(folder, meet_s=300, copy_s=300, freeze_s=60, commit_s=60)
 
 
 def _upgrades(runtime_dir: Callable[[], str], folder: Path) -> dict[str, Disturbance]:
@@ -173,7 +182,7 @@ def _upgrades(runtime_dir: Callable[[], str], folder: Path) -> dict[str, Disturb
 @contextmanager
 def plain(folder: Path) -> Generator[Host]:
     """luod, which a crash would end with all that it holds: it is upgraded only."""
-    with Daemon() as daemon:
+    with Daemon(options=_patient(folder)) as daemon:
         daemon.tolerate(r"(?s).*")  # looked at below, without what faulty successors say
         before = daemon.status()
 
@@ -218,10 +227,11 @@ def _check_words(said: str) -> None:
 @contextmanager
 def supervised(folder: Path) -> Generator[Host]:
     """luod with its supervisor, which starts it again at once."""
-    with folder_for() as where:
-        program = (*PYTHON, "-m", "luod", "--runtime-dir", where)
-        with Supervised(f"watchdog_s={WATCHDOG_S}", "abort_s=1", program=program) as parent:
-            until(lambda: _answers(where), lambda: parent.stderr)
+    said = folder / "stderr"
+    with folder_for() as where, said.open("wb") as stderr:
+        program = (*PYTHON, "-m", "luod", "--runtime-dir", where, *_patient(folder))
+        with Supervised(f"watchdog_s={WATCHDOG_S}", "abort_s=1", program=program, stderr=stderr.fileno()) as parent:
+            until(lambda: _answers(where), said.read_text)
             before, fds = status(where), parent.open_fds()
 
             def hang_up(_: random.Random) -> str:
@@ -259,7 +269,8 @@ def supervised(folder: Path) -> Generator[Host]:
                     "hang-up": Disturbance(weight=0 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else 5, crash=False, do=hang_up),
                     "kill": Disturbance(weight=8, crash=True, do=kill),
                     "kill in an upgrade": Disturbance(weight=8, crash=True, do=lambda dice: _kill_in_upgrade(where, processes, dice)),
-                    "hang": Disturbance(weight=1, crash=True, do=lambda _: _hang(where, status(where).pid)),
+                    "kill a successor": Disturbance(weight=6, crash=True, do=lambda dice: _kill_successor(where, int, dice)),
+                    "hang": Disturbance(weight=1, crash=True, do=lambda _: _hang(where, status(where).pid, status(where).pid)),
                 },
                 pid=lambda: status(where).pid,
                 settled=settled,
@@ -269,7 +280,9 @@ def supervised(folder: Path) -> Generator[Host]:
             except BaseException:
                 for pid in processes():
                     _kill(pid)
+                print(f"luod said: {said.read_text()[-6000:]}", file=sys.stderr)
                 raise
+        _check_words(said.read_text())
 
 
 def _answers(runtime_dir: str) -> bool:
@@ -294,17 +307,23 @@ def _kill_in_upgrade(runtime_dir: str, processes: Callable[[], Sequence[int]], d
     return "kills"
 
 
-def _hang(runtime_dir: str, pid: int, inner: int = 0) -> str:
-    _kill(pid, signal.SIGSTOP)
-    _serving_after_hang(runtime_dir, inner or pid)
+def _kill_successor(runtime_dir: str, pid_of: Callable[[int], int], dice: random.Random) -> str:
+    """As soon as it serves."""
+    pid = ask_upgrade(runtime_dir).pid
+    time.sleep(dice.choice((0.0, 0.02)) * dice.random())
+    _kill(pid_of(pid))
+    _stable(runtime_dir, pid)
     return "kills"
 
 
-def _serving_after_hang(runtime_dir: str, pid: int) -> None:
-    # A connection to the one that was stopped would be answered by nobody.
-    folder = Path(f"/proc/{pid}")
-    until(lambda: not folder.exists() or "Z" in (folder / "stat").read_text().rpartition(")")[2][:3], "the end of a luod that hangs")
+def _hang(runtime_dir: str, stopped: int, pid: int) -> str:
+    """Stop the luod `stopped`, which calls itself `pid`, until it was killed for that."""
+    with OwnedFd(os.pidfd_open(stopped)) as pidfd:
+        _kill(stopped, signal.SIGSTOP)
+        # Not asked in the meantime: a connection to it would be answered by nobody.
+        assert readable(pidfd.fileno(), WATCHDOG_S + LIMIT_S), "a luod that hangs is not killed"
     _serving(runtime_dir, pid)
+    return "kills"
 
 
 # ---- luod as a service of systemd
@@ -345,13 +364,6 @@ def systemd(folder: Path) -> Generator[Host]:
             _stable(where)
             return "kills"
 
-        def hang(_: random.Random) -> str:
-            outer, inner = manager.main_pid(SERVICE), status(where).pid
-            _kill(outer, signal.SIGSTOP)
-            until(lambda: not Path(f"/proc/{outer}").exists(), "the end of a luod that hangs")
-            _serving(where, inner)
-            return "kills"
-
         def stored(sessions: int) -> bool:
             return int(manager.show(SERVICE, "NFileDescriptorStore")["NFileDescriptorStore"]) == sessions + 1
 
@@ -371,7 +383,10 @@ def systemd(folder: Path) -> Generator[Host]:
                 "restart": Disturbance(weight=5, crash=True, do=restart),
                 "kill": Disturbance(weight=5, crash=True, do=kill),
                 "kill in a reload": Disturbance(weight=8, crash=True, do=kill_in_reload),
-                "hang": Disturbance(weight=1, crash=True, do=hang),
+                "kill a successor": Disturbance(
+                    weight=5, crash=True, do=lambda dice: _kill_successor(where, lambda _: manager.main_pid(SERVICE), dice)
+                ),
+                "hang": Disturbance(weight=1, crash=True, do=lambda _: _hang(where, manager.main_pid(SERVICE), status(where).pid)),
             },
             pid=lambda: manager.main_pid(SERVICE),
             settled=settled,

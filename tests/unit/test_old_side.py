@@ -27,6 +27,7 @@ from luod.succession import old
 from luod.succession.channel import Channel
 from luod.succession.messages import VERSIONS, Copied, Declined, Handover, Meet
 from luod.succession.old import HandoverFailed, OldSide
+from luod.succession.old_table import OldState
 from luod.system import System
 from luod_protocol import box
 from luod_protocol.fds import OwnedFd, close_all
@@ -50,6 +51,7 @@ class Server:
     generation: int = 1
     directory: str = ""
     manager: ManagerInfo | None = None
+    alone: trio.Event = attrs.Factory(trio.Event)
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
         self.nursery.start_soon(task)
@@ -70,8 +72,14 @@ class Server:
     def tell_monitors(self, event: str, detail: str) -> None:
         pass
 
+    def note_successor(self) -> None:
+        pass
+
     def stored_others(self) -> tuple[str, ...]:
         return ()
+
+    async def settled(self) -> None:
+        await self.alone.wait()
 
     async def announce(self, pid: int) -> None:
         raise AssertionError(f"process {pid} does not serve")
@@ -102,17 +110,18 @@ def successor() -> Generator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def handing_over(nursery: trio.Nursery, pid: int, *, boxes: int, copy_s: float) -> Generator[tuple[OldSide, Channel, Store]]:
-    """A handover to the process `pid`, for which the test speaks over the other end of its channel."""
+def handing_over(nursery: trio.Nursery, pid: int, *, boxes: int, copy_s: float) -> Generator[tuple[OldSide, Channel, Server]]:
+    """A handover to the process `pid`, for which the test speaks over the other end of its channel. No predecessor lives."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     server = Server(nursery=nursery)
+    server.alone.set()
     for number in range(boxes):
         server.store.add(preserved(number))
     bounds = HandoverTable(meet_s=NEVER_S, copy_s=copy_s, freeze_s=NEVER_S, commit_s=NEVER_S)
     channel = Channel(theirs)
     try:
-        yield OldSide(host=server, channel=Channel(ours), successor=OwnedFd(os.pidfd_open(pid)), bounds=bounds), channel, server.store
+        yield OldSide(host=server, channel=Channel(ours), successor=OwnedFd(os.pidfd_open(pid)), bounds=bounds), channel, server
     finally:
         channel.close()
         for session in server.store:
@@ -150,7 +159,7 @@ async def test_finished_waits_for_a_successor_that_failed_and_lives(monkeypatch:
     monkeypatch.setattr(old, "LEAVE_S", NEVER_S)
     with successor() as process:
         async with trio.open_nursery() as nursery:
-            with handing_over(nursery, process.pid, boxes=1, copy_s=NEVER_S) as (side, channel, store):
+            with handing_over(nursery, process.pid, boxes=1, copy_s=NEVER_S) as (side, channel, server):
                 done: list[str] = []
 
                 async def run() -> None:
@@ -169,7 +178,7 @@ async def test_finished_waits_for_a_successor_that_failed_and_lives(monkeypatch:
                 await read(channel, Declined)
                 nursery.start_soon(finish)
                 await wait_all_tasks_blocked()
-                (session,) = store
+                (session,) = server.store
                 await side.tell([Sealing(session=session)])
                 assert not done
                 assert process.stdin is not None
@@ -192,5 +201,32 @@ async def test_finished_does_not_wait_for_a_successor_that_was_offered_nothing(m
                 await read(channel, Declined)
                 await side.tell([Departure(session_id=bytes(16), owner=0, finished=True)])
                 assert process.poll() is None
+                assert process.stdin is not None
+                process.stdin.close()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_nothing_is_offered_while_the_predecessor_lives(stopped: bool) -> None:
+    """It holds copies of which a successor would not know. A luod that is told to stop does not wait for it."""
+    with successor() as process:
+        async with trio.open_nursery() as nursery:
+            with handing_over(nursery, process.pid, boxes=1, copy_s=NEVER_S) as (side, channel, server):
+                server.alone = trio.Event()
+
+                async def run() -> None:
+                    with pytest.raises(HandoverFailed, match="told to stop" if stopped else "not today"):
+                        await side.run()
+
+                nursery.start_soon(run)
+                await meet(channel, process.pid)
+                await wait_all_tasks_blocked()
+                assert side.state is OldState.SERVING
+                if stopped:
+                    nursery.start_soon(side.stop)
+                else:
+                    server.alone.set()
+                    await read(channel, Copied)
+                    await channel.send(Declined(reason="not today"))
+                await read(channel, Declined)
                 assert process.stdin is not None
                 process.stdin.close()

@@ -26,7 +26,7 @@ from luod.session import Session
 from luod.store import Ended, Opaque
 from luod.succession import ledger
 from luod.succession.fdstore import WITNESS
-from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.succession.opaque import as_session, decide, examine
 from luod.system import Process
 from luod_protocol.fds import OwnedFd
@@ -39,7 +39,7 @@ class Adopted:
     """What a store had.
 
     Attributes:
-        generation: of the luod that wrote the newest ledger; 0 without one.
+        generation: of the last luod that may have served; 0 without a ledger.
         sessions: preserved, oldest first.
         opaque: boxes that are kept for another luod.
         retrieved: who has retrieved from sessions that are not among `sessions`, by id.
@@ -88,8 +88,9 @@ def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
                     log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
                     leaving.remove(name)
     ended, retrieved = _summed_up(records)
+    last = max([newest, *(record.generation for record in records if isinstance(record, Successor))])
     adopted = Adopted(
-        generation=newest, sessions=[], opaque=[], retrieved=retrieved, ended=list(ended.values()), others=others, leaving=leaving
+        generation=last, sessions=[], opaque=[], retrieved=retrieved, ended=list(ended.values()), others=others, leaving=leaving
     )
     found: list[Opaque] = []
     for name, fd in boxes:
@@ -124,4 +125,6 @@ def _summed_up(records: Iterable[Record]) -> tuple[dict[bytes, Ended], dict[byte
                 ended.pop(record.session_id, None)
             case Retrieval():
                 retrieved.setdefault(record.session_id, set()).add(record.process)
+            case Successor():
+                pass
     return ended, retrieved

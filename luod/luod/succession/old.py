@@ -4,8 +4,8 @@ Theory. The log is what makes the copy true: from the moment at which the copy b
 to the successor before the client is answered (`tell`), on the same ordered socket as the copy. So at any moment the successor has all that
 was answered, and what a dead daemon had queued is still read.
 
-Happy path: `run` meets the successor, copies, freezes, sends what is live, and returns when `serving` was read and the service manager,
-where there is one, knows the successor as the main process. The process then ends.
+Happy path: `run` waits until this daemon's own predecessor is gone, meets the successor, copies, freezes, sends what is live, and returns
+when `serving` was read and the service manager, where there is one, knows the successor as the main process. The process then ends.
 
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
 waited for it in `tell` goes on.
@@ -111,6 +111,10 @@ class Host(Protocol):
 
     def tell_monitors(self, event: str, detail: str) -> None: ...
 
+    def note_successor(self) -> None: ...
+
+    async def settled(self) -> None: ...
+
     async def announce(self, pid: int) -> None: ...
 
 
@@ -135,6 +139,7 @@ class OldSide:
         self._bounds = bounds
         self._logging = False
         self._leaving = False
+        self._settling = trio.CancelScope()
         self._over = trio.Event()
         self._deaf = trio.Event()
         self._serving_read = False
@@ -152,6 +157,7 @@ class OldSide:
         """
         reason = "this daemon is stopping"
         try:
+            await self._settle()
             self._step(OldEvent.SUCCESSOR_STARTED)
             self._host.start_soon(self._listen)
             meet = await self._meet()
@@ -184,6 +190,13 @@ class OldSide:
                 with trio.CancelScope(shield=True):
                     await self._see_off()
             self._over.set()
+
+    async def _settle(self) -> None:
+        # A successor looks after its predecessor's end, and knows of no other; and the manager takes a main process from the last one only.
+        with self._settling:
+            await self._host.settled()
+        if self._settling.cancelled_caught:
+            raise HandoverFailed("this luod was told to stop")
 
     async def _meet(self) -> Meet:
         """Returns who the successor is. What is finalized now is to be copied; all that changes from the same moment on is in the log."""
@@ -269,6 +282,7 @@ class OldSide:
             raise HandoverFailed(f"after the freeze: {said}")
 
     async def _send_live(self) -> None:
+        self._host.note_successor()
         connections = 0
         for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
@@ -318,6 +332,7 @@ class OldSide:
 
     async def stop(self) -> None:
         """This daemon is to end: give up, unless it is frozen, when the successor is a moment from serving; returns when it is decided."""
+        self._settling.cancel()
         if self.state not in (OldState.FROZEN, OldState.DRAINING):
             self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
         await self._over.wait()
