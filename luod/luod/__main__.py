@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
-from luod import activation, listening, notify
+from luod import activation, listening, lowest, notify
 from luod.capacity import capacity
 from luod.checking import as_toml
 from luod.config import Config, ConfigFault, load
@@ -117,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prepare_descriptors()
         handover = _ask_takeover(directory) if options.takeover else None
         if options.succeed_fd is not None:
-            os.set_inheritable(options.succeed_fd, False)
             handover = socket.socket(fileno=options.succeed_fd)
+        if handover is not None:
+            handover = socket.socket(fileno=lowest.lift(handover.detach()))
         _run(config, directory, passed_on, handover)
     except listening.AlreadyServed as error:
         log.error("%s", error)
@@ -156,15 +157,7 @@ def _prepare_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     last = min(hard, FD_TABLE) - 1
-    os.close(fcntl.fcntl(0 if _is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
+    os.close(fcntl.fcntl(0 if lowest.is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
 
 
 def _ask_takeover(directory: str) -> socket.socket:
@@ -250,6 +243,7 @@ class _Start:
         """Serve as the first of a line, or after one that did not hand over, with what the service manager kept of it."""
         manager = notify.of_this_process(os.environ, self.system.pid, os.getppid())
         passed = activation.take(os.environ, self.system.pid)
+        lowest.occupy()
         for name in passed.unknown:
             log.warning("the service manager passed a fd named %r, of which luod knows nothing", name)
         lock = listening.lock(directory)
@@ -303,6 +297,7 @@ class _Start:
         """Serve as the successor of the luod at the other end of `handover`."""
         own_manager = notify.of_this_process(os.environ, self.system.pid, os.getppid())
         activation.close(activation.take(os.environ, self.system.pid))
+        lowest.occupy()
         servers: list[Server] = []
 
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:

@@ -20,6 +20,7 @@ from typing import Final
 
 import attrs
 
+from luod.lowest import lift
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.messages import Endpoint
 
@@ -49,9 +50,7 @@ def take(environ: MutableMapping[str, str], pid: int) -> Passed:
     passed = Passed(listeners={}, stored=[], unknown=[])
     if theirs != str(pid) or not count.isdecimal():
         return passed
-    fds = [OwnedFd(fd) for fd in range(FIRST, FIRST + int(count))]
-    for fd in fds:
-        os.set_inheritable(fd.fileno(), False)
+    fds = [OwnedFd(lift(fd)) for fd in range(FIRST, FIRST + int(count))]
     for fd, name in zip(fds, [*names.split(":"), *[""] * len(fds)], strict=False):
         if STORED.fullmatch(name):
             passed.stored.append((name, fd))

@@ -8,6 +8,7 @@ from typing import Final
 import attrs
 
 from luod.config import LimitsTable
+from luod.lowest import WORD
 from luod.quota import Share
 from luod_protocol.limits import MAX_FDS_PER_PACKET
 
@@ -21,7 +22,7 @@ PRIVILEGED_PRESERVED_FDS: Final = 1_000_000
 HEADROOM_FDS: Final = 1024
 """Descriptors that the daemon keeps free of clients' staged fds: for packets, boxes, peeks and connections."""
 
-LEAST_HEADROOM_FDS: Final = 2 * MAX_FDS_PER_PACKET + 64
+LEAST_HEADROOM_FDS: Final = 2 * MAX_FDS_PER_PACKET + 2 * WORD
 """The same where RLIMIT_NOFILE is low: a packet and a box's content at once, and luod's own. With less the kernel cuts a packet off before
 luod can refuse it."""
 

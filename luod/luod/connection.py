@@ -12,7 +12,7 @@ Unhappy paths:
 3. The client connects and says nothing: ended after `HELLO_S`.
 4. The client doesn't take the fds it asked for: beyond `MAX_IN_FLIGHT` it gets no more until it has, as in 2. They count against luod's
    uid (unix(7), ETOOMANYREFS), so without a bound one client could keep all others from theirs. Should the count be used up by others
-   all the same, the send is tried again, as long as in 2.
+   all the same, or luod have no descriptor for a long reply, the send is tried again, as long as in 2.
 5. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
 
 Invariants: fds that came with a request are owned here until a verb takes them. A connection is ended with shutdown(2), for a copy of
@@ -67,6 +67,9 @@ MAX_IN_FLIGHT: Final = 4 * MAX_FDS_PER_PACKET
 
 IN_FLIGHT_PAUSE_S: Final = 0.005
 """How long until it is looked again whether the client has read, in seconds: no event tells."""
+
+PASSING: Final = (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""Why a reply can't be sent just now: too many fds in flight, or (for its memfd, when it is long) no descriptor or memory."""
 
 log = logging.getLogger("luod")
 
@@ -186,7 +189,7 @@ class Connection:
                     try:
                         return await wire.send_async(self._sock, unread.data, [fd.fileno() for fd in unread.fds])
                     except OSError as error:
-                        if error.errno != errno.ETOOMANYREFS:
+                        if error.errno not in PASSING:
                             raise
                 await trio.sleep(IN_FLIGHT_PAUSE_S)
         raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")

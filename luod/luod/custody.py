@@ -78,15 +78,25 @@ class Forgetting:
 
 
 @attrs.frozen(kw_only=True)
-class Pending:
-    """A verb whose checks are passed and that waits for the service manager. Nobody else can touch its session meanwhile.
+class Working:
+    """Work that may wait for a client, for ever: it is done in a thread of this uid's. It goes on when `late` has been raised and
+    nobody waits any more, so it owns what it needs."""
 
-    `act(stored)` does it, told what the manager calls the box that it holds (empty: none), and may still raise a Refusal. When that
-    happens, or the wait fails, `undo()` leaves everything as it was.
+    uid: int
+    work: Callable[[], None]
+    late: Refusal
+
+
+@attrs.frozen(kw_only=True)
+class Pending:
+    """A verb whose checks are passed and that waits for the service manager, or for work. Nobody else can touch its session meanwhile.
+
+    `act(stored)` does it, told what the manager calls the box that it holds (empty: none), or returns what is to be waited for next. It may
+    still raise a Refusal. When that happens, or the wait fails, `undo()` leaves everything as it was.
     """
 
-    waits_for: Storing | Forgetting
-    act: Callable[[str], Outcome]
+    waits_for: Storing | Forgetting | Working
+    act: Callable[[str], Outcome | Pending]
     undo: Callable[[], None]
 
 

@@ -29,6 +29,7 @@ from typing import Final
 import attrs
 import trio
 
+from luod.inflight import insist
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd, own
 
@@ -113,7 +114,7 @@ class Manager:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         try:
             with trio.fail_after(ANSWER_S):
-                await self._sock.sendmsg(["\n".join(fields).encode()], rights, socket.MSG_NOSIGNAL, self._address)
+                await insist(lambda: self._sock.sendmsg(["\n".join(fields).encode()], rights, socket.MSG_NOSIGNAL, self._address))
         except trio.TooSlowError:
             raise ManagerFault(f"{self.info.name} takes no messages: its queue was full for {ANSWER_S:g} s") from None
         except OSError as error:

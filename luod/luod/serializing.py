@@ -6,12 +6,15 @@ Unhappy paths:
 1. A check fails: `Refusal`, and nothing has changed. fds that came with the request are the caller's to close.
 2. The kernel refuses (ETOOMANYREFS, EMFILE, EBUSY of a seal): `Refusal` with what it means; what was begun is undone, except seals already
    added to memfds, which can't be taken off again: the refusal names them.
+3. Somebody who is writing into a memfd keeps it from being sealed, perhaps for ever: it is sealed in a thread, and `Refusal` after a while.
+   The session is open as before; the thread may still add the seals.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import threading
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -19,7 +22,7 @@ import attrs
 from luod import checks, manifest
 from luod.changes import Sealing
 from luod.closing import Closing
-from luod.custody import Client, Custody, Outcome, Pending, Storing, no_entry, own
+from luod.custody import Client, Custody, Outcome, Pending, Storing, Working, no_entry, own
 from luod.handlers import recognize
 from luod.handlers.base import Probe
 from luod.handlers.recognizer import Recognizer
@@ -29,7 +32,7 @@ from luod.session import Sealed, Session, Staged, entry_info, weigh
 from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
-from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.fds import OwnedFd, close_all, duplicate
 from luod_protocol.limits import MAX_ENTRIES_PER_SESSION, MAX_MANIFEST_BYTES, MAX_NEEDS_PER_ENTRY
 
 
@@ -191,6 +194,12 @@ class Serializing:
             if name not in session.staged:
                 raise no_entry(session, name)
         checks.needs({name: staged.entry.needs for name, staged in session.staged.items()})
+        self._refuse_unless_it_fits(session)
+        if request.seal:
+            return self._seal_first(client, request, session)
+        return self._box(client, request, session, ())
+
+    def _refuse_unless_it_fits(self, session: Session) -> None:
         self._custody.quota.refuse_beyond(session.owner, Cost(preserved_fds=session.size))
         if self._custody.preserved_fds + session.size > self._custody.capacity.preserved_fds:
             raise Refusal(
@@ -199,7 +208,8 @@ class Serializing:
                 f"{self._custody.capacity.preserved_fds} is the limit: finish or discard sessions, or raise limits.max_preserved_fds "
                 "(more needs a uid of luod's own with a high RLIMIT_NOFILE, or CAP_SYS_RESOURCE)",
             )
-        sealed = self._seal_memfds(session, request.seal)
+
+    def _box(self, client: Client, request: m.Finalize, session: Session, sealed: Sequence[str]) -> Pending:
         description = manifest.Manifest(
             version=manifest.VERSIONS.high,
             session_id=session.session_id,
@@ -240,29 +250,27 @@ class Serializing:
 
         return Pending(waits_for=Storing(box=sealing.box.fileno()), act=act, undo=undo)
 
-    def _seal_memfds(self, session: Session, wanted: Mapping[str, Sequence[str]]) -> list[str]:
-        """Returns the names of what was sealed."""
-        bits = {name: checks.seal_bits(name, names) for name, names in wanted.items()}
-        for name in bits:
-            entry = session.staged[name].entry
-            if entry.kind != "memfd":
-                raise Refusal(Code.BAD_SEAL, f"entry {name!r} is a {entry.kind}: only memfds have seals", entry=name)
-            seals = fcntl.fcntl(session.staged[name].fd.fileno(), fcntl.F_GET_SEALS)
-            if seals & fcntl.F_SEAL_SEAL and bits[name] & ~seals:
-                raise Refusal(Code.BAD_SEAL, f"entry {name!r} takes no more seals: it was made without MFD_ALLOW_SEALING", entry=name)
-        done: list[str] = []
-        for name, added in bits.items():
-            staged = session.staged[name]
-            try:
-                fcntl.fcntl(staged.fd.fileno(), fcntl.F_ADD_SEALS, added & ~fcntl.fcntl(staged.fd.fileno(), fcntl.F_GET_SEALS))
-            except OSError as error:
-                why = "it is still mapped writable: unmap it first" if error.errno == errno.EBUSY else str(error)
-                raise Refusal(Code.BAD_SEAL, f"entry {name!r} can't be sealed: {why}{_already(done)}", entry=name) from None
-            done.append(name)
-            probe = Probe(staged.fd.fileno())
-            facts = recognize(probe).record(probe)
-            session.staged[name] = attrs.evolve(staged, entry=attrs.evolve(staged.entry, facts=facts))
-        return done
+    def _seal_first(self, client: Client, request: m.Finalize, session: Session) -> Pending:
+        sealing = _Sealing(_missing_seals(session, request.seal), session)
+
+        def act(_: str) -> Pending:
+            for name in sealing.done:
+                staged = session.staged[name]
+                probe = Probe(staged.fd.fileno())
+                facts = recognize(probe).record(probe)
+                session.staged[name] = attrs.evolve(staged, entry=attrs.evolve(staged.entry, facts=facts))
+            if sealing.fault is not None:
+                raise sealing.fault
+            # Others have finalized meanwhile.
+            self._refuse_unless_it_fits(session)
+            return self._box(client, request, session, sealing.done)
+
+        late = Refusal(
+            Code.BAD_SEAL,
+            f"{', '.join(request.seal):.200} can't be sealed now, somebody is in the middle of writing there; the session is still open, "
+            "try again when nobody writes (the seals may be added in the meantime)",
+        )
+        return Pending(waits_for=Working(uid=session.owner, work=sealing.work, late=late), act=act, undo=sealing.give_up)
 
     def _finalized_again(self, client: Client, request: m.Finalize) -> Outcome:
         session = self._custody.store.by_id(request.session_id)
@@ -284,6 +292,69 @@ class Serializing:
     def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
         session = own(client)
         return Outcome(reply=m.Cancelled(seq=request.seq), closing=self._custody.end(client, session, SessionEvent.CANCEL, "cancelled"))
+
+
+def _missing_seals(session: Session, wanted: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The seals that are to be added to each of these entries, as bits."""
+    bits = {name: checks.seal_bits(name, names) for name, names in wanted.items()}
+    for name in bits:
+        entry = session.staged[name].entry
+        if entry.kind != "memfd":
+            raise Refusal(Code.BAD_SEAL, f"entry {name!r} is a {entry.kind}: only memfds have seals", entry=name)
+        seals = fcntl.fcntl(session.staged[name].fd.fileno(), fcntl.F_GET_SEALS)
+        bits[name] &= ~seals
+        if seals & fcntl.F_SEAL_SEAL and bits[name]:
+            raise Refusal(Code.BAD_SEAL, f"entry {name!r} takes no more seals: it was made without MFD_ALLOW_SEALING", entry=name)
+    return bits
+
+
+class _Sealing:
+    """Adds seals. F_ADD_SEALS waits for whoever is in the middle of a write(2) there (mm/memfd.c: inode_lock), who may wait for memory of
+    its own choice; and for some time where pages are pinned.
+
+    Args:
+        missing: the bits to add, by entry.
+        session: whose entries these are.
+
+    Attributes:
+        done: what was sealed, in order.
+        fault: why that isn't all.
+    """
+
+    def __init__(self, missing: Mapping[str, int], session: Session) -> None:
+        self.done: list[str] = []
+        self.fault: Refusal | None = None
+        self._missing = missing
+        self._mine = threading.Lock()
+        # Duplicates: whoever waits for this may give up, and the entries be closed.
+        self._fds: dict[str, OwnedFd] = {}
+        try:
+            for name in missing:
+                self._fds[name] = duplicate(session.staged[name].fd.fileno())
+        except OSError as error:
+            close_all(self._fds.values())
+            raise Refusal(Code.SYSTEM_ERROR, f"entry {name!r} can't be sealed: {error.strerror}; try again", entry=name) from None
+
+    def work(self) -> None:
+        """Add them, up to the first that fails."""
+        if not self._mine.acquire(blocking=False):
+            return
+        name = ""
+        try:
+            for name, added in self._missing.items():
+                if added:
+                    fcntl.fcntl(self._fds[name].fileno(), fcntl.F_ADD_SEALS, added)
+                self.done.append(name)
+        except OSError as error:
+            why = "it is still mapped writable: unmap it first" if error.errno == errno.EBUSY else str(error)
+            self.fault = Refusal(Code.BAD_SEAL, f"entry {name!r} can't be sealed: {why}{_already(self.done)}", entry=name)
+        finally:
+            close_all(self._fds.values())
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: have it not begin, if it hasn't."""
+        if self._mine.acquire(blocking=False):
+            close_all(self._fds.values())
 
 
 def _already(sealed: Sequence[str]) -> str:

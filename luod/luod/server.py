@@ -27,10 +27,10 @@ import trio
 from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
-from luod.closing import Closer, Closing, Threads
+from luod.closing import Closer, Closing, Hanging, Threads
 from luod.config import Config
 from luod.connection import Connection, Unread
-from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
+from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing, Working
 from luod.gate import Gate
 from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
@@ -70,6 +70,9 @@ MANAGED_PREDECESSOR_S: Final = 120.0
 
 REPORT_S: Final = 10.0
 """How often the service manager is told how luod is, in seconds; more often where its watchdog wants that."""
+
+WORK_S: Final = 2.0
+"""How long a request waits for work that may hang, in seconds. Less than what a freeze gives it (`handover.freeze_s`)."""
 
 CONTROL_RESERVE: Final = 16
 """Connections to control beyond the limit."""
@@ -237,24 +240,36 @@ class Server:
         self.custody.quota.connected(connection.client.uid)
 
     async def perform(self, pending: Pending) -> Outcome:
-        """Have the service manager do its part of a verb, then act.
+        """Have done what a verb waits for, then act.
 
         Raises:
-            Refusal: the manager can't, or won't; nothing has changed.
+            Refusal: the service manager can't, or won't, or work takes too long; nothing has changed.
         """
+        outcome: Outcome | Pending = pending
+        while isinstance(outcome, Pending):
+            pending = outcome
+            try:
+                outcome = pending.act(await self._wait_for(pending.waits_for))
+            except BaseException:
+                pending.undo()
+                raise
+        return outcome
+
+    async def _wait_for(self, what: Storing | Forgetting | Working) -> str:
         stored = ""
-        try:
-            if self.keeper is not None:
-                match pending.waits_for:
-                    case Storing(box=box):
-                        stored = await self.keeper.keep(box)
-                    case Forgetting(ended=ended, box=box, stored=name):
-                        await self.keeper.forget(ended, box, name)
-                self.custody.outlook = self.keeper.outlook()
-            return pending.act(stored)
-        except BaseException:
-            pending.undo()
-            raise
+        if isinstance(what, Working):
+            try:
+                await self.threads.run_within(what.uid, WORK_S, what.work)
+            except Hanging:
+                raise what.late from None
+        elif self.keeper is not None:
+            match what:
+                case Storing(box=box):
+                    stored = await self.keeper.keep(box)
+                case Forgetting(ended=ended, box=box, stored=name):
+                    await self.keeper.forget(ended, box, name)
+            self.custody.outlook = self.keeper.outlook()
+        return stored
 
     async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go (see `Closer.close`), wait for the predecessor's end.

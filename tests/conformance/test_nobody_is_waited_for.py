@@ -18,11 +18,14 @@ from contextlib import contextmanager
 
 import pytest
 
+import luod_client
 from conformance.making import Maker, available, making
 from conformance.specimens import SPECIMENS
 from conformance.vmm import SYSCALLS, called
+from harness import Daemon
 from luod_protocol.fds import OwnedFd
 from processes import Talk, readable, spawn_client
+from things import let_go, memfd, preserve_pipe
 
 PAGE = mmap.PAGESIZE
 _UFFDIO_API = 0xC018AA3F
@@ -156,3 +159,43 @@ def test_looking_waits_for_no_network_configuration(kind: str) -> None:
     ):
         luod.tell(fd)
         assert luod.hear(10) == kind
+
+
+# ---- a living luod
+
+
+def _seal(talk: Talk, where: str, ram: int) -> None:
+    import luod_client
+
+    with luod_client.serialize("guest", runtime_dir=where) as session:
+        session.preserve({"ram": ram})
+        while talk.hear():
+            try:
+                talk.tell(session.finalize(seal={"ram": ["write"]}).survives != ())
+            except luod_client.Refusal as refusal:
+                talk.tell((refusal.code.value, refusal.message))
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_sealing_waits_for_nobody_for_ever(daemon: Daemon) -> None:
+    if not available(making(_userfaultfd)):
+        pytest.skip("no userfaultfd")
+    with memfd() as ram, spawn_client(_seal, daemon.runtime_dir, ram.fileno(), pass_fds=[ram.fileno()]) as client:
+        with caught(lambda address: _write(ram.fileno(), address)):
+            client.tell(True)
+            read, _ = preserve_pipe(daemon.runtime_dir, "other")
+            with read, luod_client.deserialize(runtime_dir=daemon.runtime_dir) as looker:
+                looker.discard("other")
+                assert let_go(read, 0)
+            code, message = client.hear()
+            assert code == "bad-seal"
+            assert "somebody is in the middle of writing" in message
+            with luod_client.control(runtime_dir=daemon.runtime_dir) as control:
+                assert control.upgrade().generation == 2
+        client.tell(True)
+        assert client.hear() is True
+        assert fcntl.fcntl(ram.fileno(), fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    with luod_client.deserialize(runtime_dir=daemon.runtime_dir) as looker:
+        assert looker.show("guest").entries[0].facts["seals"] == "write"
+        looker.discard("guest")

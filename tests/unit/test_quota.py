@@ -15,7 +15,7 @@ from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, 
 
 from kernel_standin import KernelStandin
 from luod.capacity import Capacity
-from luod.custody import Client, Custody, Outcome, Pending
+from luod.custody import Client, Custody, Outcome, Pending, Working
 from luod.handlers import kinds
 from luod.handlers.recognizer import Recognizer
 from luod.orchestrator import Orchestrator
@@ -91,7 +91,9 @@ class Books(RuleBasedStateMachine):
         given = fds if fds is not None else []
         try:
             outcome = self.orchestrator.handle(client, request, given)
-            if isinstance(outcome, Pending):
+            while isinstance(outcome, Pending):
+                if isinstance(outcome.waits_for, Working):
+                    outcome.waits_for.work()
                 outcome = outcome.act("")
         finally:
             close_all(given)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
 
+from luod.inflight import insist
 from luod.succession.messages import CODEC, Declined, Handover, fds_of
 from luod_protocol import wire
 from luod_protocol.errors import FaultCode, ProtocolFault
@@ -41,11 +43,11 @@ class Channel:
         """Send `message` with borrowed fds.
 
         Raises:
-            OSError: EPIPE when the other end is closed or deaf.
+            OSError: EPIPE when the other end is closed or deaf, ETOOMANYREFS when others of this uid have too many fds in flight.
         """
         data = CODEC.encode(message)
         async with self._lock:
-            await wire.send_async(self._sock, data, fds)
+            await insist(lambda: wire.send_async(self._sock, data, fds))
 
     def send_now(self, message: Handover, fds: Sequence[int] = ()) -> None:
         """Send `message` with borrowed fds, without waiting. Only while no other task sends.
@@ -59,7 +61,9 @@ class Channel:
         """As `send_now`, but waits where the queue is full. In a pause each pass through the event loop counts."""
         try:
             self.send_now(message, fds)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS):
+                raise
             await self.send(message, fds)
 
     async def receive(self) -> tuple[Handover, list[OwnedFd]] | None:

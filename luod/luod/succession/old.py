@@ -58,7 +58,7 @@ from luod.succession.other import kill, reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
-from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.fds import OwnedFd, close_all, duplicate
 from luod_protocol.limits import MAX_FDS_PER_PACKET
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
@@ -226,7 +226,11 @@ class OldSide:
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
         )
-        with OwnedFd(os.pidfd_open(os.getpid())) as pidfd:
+        try:
+            pidfd = OwnedFd(os.pidfd_open(os.getpid()))
+        except OSError as error:
+            self._fail(OldEvent.LATE, _cannot(error))
+        with pidfd:
             await self._send(offer, [*fds, pidfd.fileno()])
         return meet
 
@@ -237,7 +241,10 @@ class OldSide:
 
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
-            await self._send_box(session, self._send)
+            try:
+                await self._send_box(session, self._send)
+            except OSError as error:  # no descriptor for a duplicate
+                self._fail(OldEvent.LATE, _cannot(error))
         for opaque in self._host.store.opaque:
             await self._send(OpaqueBox(stored=opaque.stored), [opaque.box.fileno()])
         for session_id, processes in self._host.store.retrieved.items():
@@ -386,7 +393,7 @@ class OldSide:
         # A duplicate: the session may be finished while this waits for room.
         if session.sealed is not None:
             message = Box(session_id=session.session_id, retrieved_by=tuple(session.retrieved_by), stored=session.stored)
-            with OwnedFd(os.dup(session.sealed.box.fileno())) as box:
+            with duplicate(session.sealed.box.fileno()) as box:
                 await send(message, [box.fileno()])
 
     # --------------------------------------------------------------------------------------------------------- inside
@@ -480,3 +487,7 @@ class OldSide:
             self.fate = reap(self._successor.fileno())
             for waiting in self._let_go.values():
                 waiting.set()
+
+
+def _cannot(error: OSError) -> str:
+    return f"this luod can't send it all: {error.strerror}"
