@@ -328,6 +328,7 @@ class _Sealing:
         self._mine = threading.Lock()
         # Duplicates: whoever waits for this may give up, and the entries be closed.
         self._fds: dict[str, OwnedFd] = {}
+        name = ""
         try:
             for name in missing:
                 self._fds[name] = duplicate(session.staged[name].fd.fileno())
