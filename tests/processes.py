@@ -29,7 +29,8 @@ from luod_protocol.fds import OwnedFd
 
 T = TypeVar("T")
 
-LIMIT_S: Final = 20.0
+LIMIT_S: Final = float(os.environ.get("LUOD_TESTS_LIMIT_S", "20"))
+"""The lab, which is slow, sets another."""
 PLAIN_PYTHON: Final = (sys.executable, "-P")
 PYTHON: Final = (*PLAIN_PYTHON, "-X", "dev", "-W", "error::ResourceWarning")
 """How daemons and clients are started in tests; a daemon passes the options on to its successor."""
@@ -91,18 +92,24 @@ def start(
     stderr: int | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """A process of `user` (None: of whoever runs the test), with nothing on stdin. The rest as for Popen."""
+    """A process of `user` (None: of whoever runs the test), with nothing on stdin. The rest as for Popen.
+
+    Args:
+        within: the beginning of a command that runs the rest of it elsewhere, as root, and as its child: `systemd_rig.Manager.inside`.
+            The process dies with that parent.
+    """
     by_popen = user
     places = (sys.executable, f"{sys.prefix}/lib", f"{sys.base_prefix}/lib", __file__, str(luod_client.__file__))
-    if user is not None and not all(_everybody_may_enter(place) for place in places):
+    if user is not None and (within or not all(_everybody_may_enter(place) for place in places)):
         # The interpreter or the checkout is in root's home: the user gets to read everything there, and may do no more than that.
         groups = ["--groups", ",".join(map(str, user.groups))] if user.groups else ["--clear-groups"]
-        who = ["--reuid", str(user.uid), "--regid", str(user.gid), *groups]
+        who = ["--reuid", str(user.uid), "--regid", str(user.gid), *groups, *(["--pdeathsig", "KILL"] if within else [])]
         command = ["setpriv", *who, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "--", *command]
         by_popen = None
     return subprocess.Popen(
-        command,
+        [*within, *command],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
@@ -195,6 +202,14 @@ class Client:
         """Wait for its end. Its exit code, minus the signal."""
         return self._popen.wait(LIMIT_S)
 
+    def rest(self) -> Generator[Any]:
+        """What an ended one has said and was not heard yet."""
+        while True:
+            try:
+                yield self._talk.hear()
+            except EOFError:
+                return
+
     def finish(self) -> None:
         """Say no more and wait for its end, which must be a good one."""
         self._talk.close()
@@ -210,6 +225,7 @@ def spawn_client(
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
     dev: bool = True,
+    within: Sequence[str] = (),
 ) -> Generator[Client]:
     """Run `function(talk, *args)` in a client process of its own.
 
@@ -219,6 +235,7 @@ def spawn_client(
         args: Python literals.
         pass_fds: borrowed; the process has them under the same numbers.
         dev: with Python's development mode and ResourceWarning as an error; off for benchmarks.
+        within: as for `start`. `Client.pid` is then the process that waits for it, which to kill kills it; other signals don't reach it.
     """
     to_client, to_test = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     hear, tell, theirs = OwnedFd(to_test[0]), OwnedFd(to_client[1]), (OwnedFd(to_client[0]), OwnedFd(to_test[1]))
@@ -230,6 +247,7 @@ def spawn_client(
             user,
             pass_fds=[*pass_fds, *numbers],
             env={**os.environ, **(env or {}), "PYTHONPATH": path},
+            within=within,
         )
     except BaseException:
         hear.close()

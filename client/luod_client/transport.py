@@ -87,5 +87,13 @@ def blame(error: OSError | Refusal, step: Send | None) -> OSError | Refusal:
                     pass
             except OSError as single:
                 if single.errno == refused:
-                    return NotPassed(refused, os.strerror(refused), index)
+                    return NotPassed(refused, os.strerror(refused), index, _what(fd))
     return error
+
+
+def _what(fd: int) -> str:
+    """Where the link of a fd (borrowed) in /proc points; empty when that is unknown."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""

@@ -1,9 +1,11 @@
 """The daemon's command line: `luod`, or `python -m luod`.
 
 Happy path: check the machine, read the configuration, take the runtime directory, adopt what the service manager kept, serve; or succeed a
-running luod and serve. SIGHUP is an upgrade to a fresh luod, which reads the configuration again.
+running luod and serve. A successor that can't even begin says why over the handover socket, for whoever asked for the upgrade. SIGHUP is an
+upgrade to a fresh luod, which reads the configuration again.
 
-Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage; 3 another luod serves.
+Exit status: 0 ended by SIGTERM or SIGINT, or replaced; 1 could not serve, or a successor that left; 2 usage, or a configuration that
+can't be used; 3 another luod serves. With --supervised this process becomes the parent of one that does all this (luod.supervisor).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -25,17 +27,23 @@ import attrs
 import trio
 
 from luod import activation, listening, notify
-from luod.config import HEADROOM_FDS, Config, ConfigFault, default_max_open, load, preserved_fds
-from luod.custody import Capacity
+from luod.capacity import capacity
+from luod.checking import as_toml
+from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
 from luod.server import Server
 from luod.succession.adoption import adopt
-from luod.succession.channel import Channel
+from luod.succession.channel import Channel, decline
+from luod.succession.kernel import Arrival, unload
+from luod.succession.liveupdate import Device, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.succession.opaque import tell
+from luod.supervisor import command as supervisor
 from luod.system import System
+from luod.updates import steps_us
 from luod_protocol import messages as m
 from luod_protocol import wire
 from luod_protocol.connection import ClientConnection, refusal
@@ -51,6 +59,8 @@ OLDEST_KERNEL: Final = (5, 15)
 FD_TABLE: Final = 65_536
 """The descriptor table is grown to this once, at the start: growing it later, with a thread alive, waits for an RCU grace period."""
 
+MAX_WATCHDOG_S: Final = 86_400
+
 COURTESY_S: Final = 0.005
 """How long a successor leaves its first moments to the clients that waited, in seconds."""
 
@@ -60,29 +70,51 @@ log = logging.getLogger("luod")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="luod", description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced."
+        prog="luod",
+        description="Keep clients' file descriptors while a process, luod itself, or the kernel is replaced.",
+        epilog="exit status: 0 ended by a signal, or replaced; 1 could not serve; 2 usage, or a bad configuration; 3 another luod serves.",
     )
     parser.add_argument(
         "--runtime-dir", metavar="DIR", help="where the sockets are (default: /run/luod for root, else $XDG_RUNTIME_DIR/luod)"
     )
     parser.add_argument("--config", metavar="FILE", help="a luod.toml; without one the defaults hold")
+    parser.add_argument("--check-config", action="store_true", help="say what is wrong with the configuration, or what it means, and end")
     parser.add_argument("--takeover", action="store_true", help="succeed the luod that serves DIR, with all that it holds")
+    parser.add_argument(
+        "--supervised", action="store_true", help="run under a parent of its own that keeps preserved sessions when luod crashes"
+    )
+    parser.add_argument(
+        "--watchdog",
+        metavar="SECONDS",
+        type=float,
+        help="with --supervised: restart a luod that is silent for so long (default: 30; 0: never)",
+    )
     parser.add_argument("--succeed-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"luod {RELEASE}")
     options = parser.parse_args(argv)
+    if options.watchdog is not None and not (options.supervised and 0 <= options.watchdog < MAX_WATCHDOG_S):
+        parser.error(f"--watchdog is for --supervised, from 0 to {MAX_WATCHDOG_S} seconds")
     logging.basicConfig(level=logging.INFO, format="luod: %(message)s", stream=sys.stderr)
+    if options.check_config:
+        return _check_config(options.config)
     try:
         _check_kernel()
         directory = os.path.abspath(runtime_dir(options.runtime_dir, os.environ, os.geteuid()))
         config = load(options.config)
     except (Refusal, ConfigFault, _TooOld) as error:
         log.error("%s", error)
+        if options.succeed_fd is not None:
+            with socket.socket(fileno=options.succeed_fd) as predecessor:
+                decline(predecessor, str(error))
         return 2 if not isinstance(error, _TooOld) else 1
     passed_on = ["--runtime-dir", directory]
     if options.config:
         passed_on += ["--config", os.path.abspath(options.config)]
-    _prepare_descriptors()
     try:
+        if options.supervised:
+            watchdog_s = supervisor.Settings().watchdog_s if options.watchdog is None else options.watchdog
+            supervisor.become(passed_on, ["--takeover"] if options.takeover else [], watchdog_s)
+        _prepare_descriptors()
         handover = _ask_takeover(directory) if options.takeover else None
         if options.succeed_fd is not None:
             os.set_inheritable(options.succeed_fd, False)
@@ -96,6 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+    return 0
+
+
+def _check_config(path: str | None) -> int:
+    try:
+        print(as_toml(load(path)), end="")
+    except ConfigFault as fault:
+        for text in fault.texts:
+            log.error("%s", text)
+        return 2
     return 0
 
 
@@ -113,7 +155,7 @@ def _check_kernel() -> None:
 def _prepare_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    last = min(default_max_open(), FD_TABLE) - 1
+    last = min(hard, FD_TABLE) - 1
     os.close(fcntl.fcntl(0 if _is_open(0) else os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, last))
 
 
@@ -123,17 +165,6 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _capacity(config: Config) -> Capacity:
-    descriptors = default_max_open()
-    connections = min(config.limits.max_connections, descriptors // 4)
-    return Capacity(
-        sessions=config.limits.max_sessions,
-        connections=connections,
-        staged_fds=descriptors - connections - min(HEADROOM_FDS, descriptors // 4),
-        preserved_fds=preserved_fds(config.limits),
-    )
 
 
 def _ask_takeover(directory: str) -> socket.socket:
@@ -198,11 +229,11 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
                 await trio.sleep_forever()
             _say_goodbye(server)
             await server.tell_manager("STOPPING=1")
-            if not server.managed:
-                # Else the paths may be the manager's, who listens on.
-                listening.unbind(directory)
+            listening.unbind(directory, server.bound)
             nursery.cancel_scope.cancel()
-    _exit()
+        server.leave()
+        # Within the signals' context: more of them, unread at its end, would end this process before its time.
+        _exit(server)
 
 
 @attrs.frozen(kw_only=True)
@@ -223,22 +254,50 @@ class _Start:
             log.warning("the service manager passed a fd named %r, of which luod knows nothing", name)
         lock = listening.lock(directory)
         try:
-            listeners = {**passed.listeners, **listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])}
+            bound = listening.bind(directory, [each for each in Endpoint if each not in passed.listeners])
             listening.sign(lock.fileno())
         except BaseException:
             lock.close()
             raise
         adopted = adopt(passed.stored, self.system.boot_id)
-        server = self._server(directory, lock, listeners, generation=adopted.generation + 1, manager=manager)
+        began_us = self.system.monotonic_us()
+        arrival = self._arrival()
+        generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
+        server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
             server.adopt_session(session)
+        for opaque in adopted.opaque:
+            server.adopt_opaque(opaque)
+        tell(adopted.opaque)
+        for session_id, processes in adopted.retrieved.items():
+            for process in processes:
+                server.note_retrieval(session_id, process)
         for ended in adopted.ended:
             server.remember(ended)
+        if arrival is not None:
+            for session in arrival.sessions:
+                server.adopt_session(session)
+            for ended in arrival.index.ended:
+                server.remember(ended)
         await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
+        if arrival is not None:
+            server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
+            came, lost = len(arrival.sessions), len(arrival.lost)
+            log.info("%d sessions came from the last kernel, %d were lost", came, lost)
+            for text in arrival.index.left_behind:
+                log.warning("%s ended with the last kernel: it was left behind", text)
         server.start()
         gc.collect()
         gc.freeze()
         return server
+
+    def _arrival(self) -> Arrival | None:
+        try:
+            return unload(Device.open, self.system.boot_id)
+        except LiveUpdateFault as error:
+            if not error.is_absent:
+                log.warning("whether the last kernel brought sessions can't be told: %s", error)
+            return None
 
     async def succeed(self, handover: socket.socket) -> Server:
         """Serve as the successor of the luod at the other end of `handover`."""
@@ -249,7 +308,8 @@ class _Start:
         def build(offer: Offer, lock: OwnedFd, fds: Mapping[str, OwnedFd]) -> Server:
             listeners = {Endpoint(name): socket.socket(fileno=fd.take()) for name, fd in fds.items()}
             generation, manager = offer.generation + 1, offer.manager or own_manager
-            server = self._server(offer.directory, lock, listeners, generation=generation, manager=manager, frozen=True)
+            bound = map(Endpoint, offer.bound)
+            server = self._server(offer.directory, lock, listeners, generation=generation, bound=bound, manager=manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
             servers.append(server)
@@ -284,6 +344,7 @@ class _Start:
         listeners: Mapping[Endpoint, socket.socket],
         *,
         generation: int,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
     ) -> Server:
@@ -296,7 +357,8 @@ class _Start:
             lock=lock,
             listeners=listeners,
             generation=generation,
-            capacity=_capacity(self.config),
+            capacity=capacity(self.config.limits),
+            bound=bound,
             manager=manager,
             frozen=frozen,
         )
@@ -305,14 +367,15 @@ class _Start:
 async def _leave_when_replaced(server: Server) -> None:
     await server.upgrades.replaced.wait()
     # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
-    _exit()
+    _exit(server)
 
 
-def _exit() -> NoReturn:
+def _exit(server: Server) -> NoReturn:
     # The kernel closes what is held, all at once; tearing the interpreter down would only close it one by one.
     logging.shutdown()
     with suppress(OSError):
         sys.stderr.flush()
+    server.closer.close_all_but_what_hangs()
     os._exit(0)
 
 
@@ -321,6 +384,9 @@ def _say_goodbye(server: Server) -> None:
     if held:
         names = ", ".join(repr(session.name) for session in held[:5])
         log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)
+    lost = sum(not opaque.stored for opaque in server.store.opaque)
+    if lost:
+        log.warning("ending with %d sessions that could not be shown here, which end with this luod", lost)
 
 
 if __name__ == "__main__":

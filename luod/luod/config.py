@@ -1,45 +1,84 @@
-"""What can be configured: `luod.toml`, every key with a default, so that luod runs without one.
+"""What can be configured: `luod.toml`, every key with a default, so that luod runs without one. docs/configuration.md has all of them.
 
-An error names the file and the key. Nothing else is read: no environment, no second file.
+The file is read once, at the start; a successor reads it anew. What it says is for new requests: what is held already stays.
+
+Happy path: `load`.
+
+Unhappy paths:
+1. The file can't be read, or has keys or values that luod doesn't know: `ConfigFault`, with everything that is wrong, each with the file
+   and the key. There is no half of a configuration.
+
+Nothing else is read: no environment, no second file.
 """
 
 from __future__ import annotations
 
-import os
+import grp
+import pwd
 import tomllib
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, TypeAlias
 
 import attrs
-import cattrs
 
-from luod_protocol.codec import strict_converter
+from luod.handlers import kinds as known_kinds
+from luod.policy import ClaimRule, Gid, NamePattern, Policy, SerializeRule, Uid
+from luod.reading import BadValue, Hook, Problems, exactly, number, structure
 from luod_protocol.errors import LuodError
+from luod_protocol.limits import MAX_NAME_BYTES, name_fault
 
-SHARED_UID_PRESERVED_FDS: Final = 512
-"""fds in boxes when other programs may run as luod's uid: in-flight fds count against the uid, and everybody of it whose RLIMIT_NOFILE is
-below the count can't pass fds any more. Half of the usual 1,024."""
+Count: TypeAlias = Annotated[int, "more than 0"]
+CountOrDefault: TypeAlias = Annotated[int, "0 or more"]
+Seconds: TypeAlias = Annotated[float, "more than 0"]
+Kind: TypeAlias = Annotated[str, "kind"]
+PathPattern: TypeAlias = Annotated[str, "path pattern"]
 
-PRIVILEGED_PRESERVED_FDS: Final = 1_000_000
-"""fds in boxes with CAP_SYS_RESOURCE or CAP_SYS_ADMIN, which net/core/scm.c exempts from the count."""
-
-HEADROOM_FDS: Final = 1024
-"""Descriptors that the daemon keeps free of clients' staged fds: for packets, boxes, peeks and connections."""
-
-CAP_SYS_ADMIN: Final = 21
-CAP_SYS_RESOURCE: Final = 24
+NO_ID: Final = 2**32 - 1
+"""What the kernel takes for no uid or gid, chown(2)."""
 
 
 class ConfigFault(LuodError):
-    """The configuration can't be used."""
+    """The configuration can't be used. `texts` has each problem, with the file and the key."""
+
+    def __init__(self, path: str, problems: tuple[str, ...]) -> None:
+        super().__init__(f"{path}: {'; '.join(problems)}")
+        self.texts: Final = tuple(f"{path}: {problem}" for problem in problems)
+
+
+@attrs.frozen(kw_only=True)
+class PerUidTable:
+    """[limits.per_uid]: what each uid may have, other than root and luod's own. 0 means half of what luod takes in all."""
+
+    max_sessions: CountOrDefault = 0
+    max_connections: CountOrDefault = 0
+    max_preserved_fds: CountOrDefault = 0
+    max_staged_fds: CountOrDefault = 0
+    max_metadata_bytes: Count = 64 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
 class LimitsTable:
-    """[limits]: `max_preserved_fds` 0 means by privilege (see `preserved_fds`)."""
+    """[limits]: `max_preserved_fds` 0 means by privilege (see `capacity`)."""
 
-    max_sessions: int = 16_384
-    max_connections: int = 1_024
-    max_preserved_fds: int = 0
+    max_sessions: Count = 16_384
+    max_connections: Count = 1_024
+    max_preserved_fds: CountOrDefault = 0
+    per_uid: PerUidTable = attrs.field(factory=PerUidTable)
+
+
+@attrs.frozen(kw_only=True)
+class KindsTable:
+    """[kinds]: which kinds of fds are taken: those of `allow` that aren't in `deny`."""
+
+    allow: tuple[Kind, ...] = attrs.field(factory=lambda: tuple(known_kinds()))
+    deny: tuple[Kind, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class FilesTable:
+    """[files]: paths of the files and devices that are taken although no handler knows more of them than that."""
+
+    allow: tuple[PathPattern, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -50,10 +89,10 @@ class HandoverTable:
     requests that were read before the freeze to be answered. `commit_s`: from the freeze until the successor serves.
     """
 
-    meet_s: float = 30.0
-    copy_s: float = 30.0
-    freeze_s: float = 5.0
-    commit_s: float = 5.0
+    meet_s: Seconds = 30.0
+    copy_s: Seconds = 30.0
+    freeze_s: Seconds = 5.0
+    commit_s: Seconds = 5.0
 
 
 @attrs.frozen(kw_only=True)
@@ -61,60 +100,117 @@ class Config:
     """The whole file."""
 
     limits: LimitsTable = attrs.field(factory=LimitsTable)
+    kinds: KindsTable = attrs.field(factory=KindsTable)
+    files: FilesTable = attrs.field(factory=FilesTable)
+    serialize: tuple[SerializeRule, ...] = ()
+    claim: tuple[ClaimRule, ...] = ()
     handover: HandoverTable = attrs.field(factory=HandoverTable)
+
+    @property
+    def policy(self) -> Policy:
+        """The rules."""
+        return Policy(serialize=self.serialize, claim=self.claim)
 
 
 def load(path: str | None) -> Config:
     """The configuration in the file `path`; the defaults when it is None.
 
+    Names of users and groups are looked up now, and may make the system's name service wait.
+
     Raises:
-        ConfigFault: it can't be read, isn't TOML, or has a key or value that isn't known.
+        ConfigFault: it can't be read, isn't TOML, or has keys or values that aren't known.
     """
     if path is None:
         return Config()
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)
-    except (OSError, ValueError) as error:  # TOMLDecodeError, and UnicodeDecodeError of a file that isn't UTF-8
-        raise ConfigFault(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigFault(path, (error.strerror or str(error),)) from None
+    except ValueError as error:  # TOMLDecodeError, and UnicodeDecodeError of a file that isn't UTF-8
+        raise ConfigFault(path, (str(error),)) from None
     try:
-        config = strict_converter().structure(content, Config)
-    except Exception as error:  # cattrs raises groups of whatever its hooks raise
-        raise ConfigFault(f"{path}: {'; '.join(cattrs.transform_error(error, path='luod.toml'))}") from None
-    for name, table in (("limits", config.limits), ("handover", config.handover)):
-        for key, value in attrs.asdict(table).items():
-            # Asked this way round, so that nan is refused too.
-            if not (value > 0 or (value == 0 and key == "max_preserved_fds")):
-                raise ConfigFault(f"{path}: {name}.{key} = {value}: it must be more than 0")
-    return config
+        return structure(content, Config, _HOOKS)
+    except Problems as problems:
+        raise ConfigFault(path, problems.texts) from None
 
 
-def preserved_fds(limits: LimitsTable) -> int:
-    """How many fds may lie in boxes: as configured, else by this process's privilege."""
-    if limits.max_preserved_fds:
-        return limits.max_preserved_fds
-    return PRIVILEGED_PRESERVED_FDS if _exempt_from_in_flight_limit() else SHARED_UID_PRESERVED_FDS
+# ------------------------------------------------------------------------------------------------------ what a mark takes
 
 
-def _exempt_from_in_flight_limit() -> bool:
-    # too_many_unix_fds() asks capable(), which looks at the initial user namespace only.
-    with open("/proc/self/status", encoding="ascii") as file:
-        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    return bool(effective & (1 << CAP_SYS_ADMIN | 1 << CAP_SYS_RESOURCE)) and all_uids_are_mapped()
+def _count(value: object) -> int:
+    count = exactly(value, int, "an integer")
+    if count < 1:
+        raise BadValue(value, "it must be more than 0")
+    return count
 
 
-def all_uids_are_mapped() -> bool:
-    """Whether this is a user namespace in which each uid is itself, as in the initial one."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return file.read().split() == ["0", "0", "4294967295"]
+def _count_or_default(value: object) -> int:
+    count = exactly(value, int, "an integer")
+    if count < 0:
+        raise BadValue(value, "it must be 0 or more")
+    return count
 
 
-def overflow_uid() -> int:
-    """The uid as which the kernel shows those that aren't mapped here."""
-    with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
-        return int(file.read())
+def _seconds(value: object) -> float:
+    seconds = number(value)
+    # Asked this way round, so that nan is refused too.
+    if not seconds > 0:
+        raise BadValue(value, "it must be more than 0")
+    return seconds
 
 
-def default_max_open() -> int:
-    """RLIMIT_NOFILE of this process, soft."""
-    return os.sysconf("SC_OPEN_MAX")
+def _kind(value: object) -> str:
+    kind = exactly(value, str, "text")
+    if kind not in known_kinds():
+        raise BadValue(value, f"there is no such kind; there are {', '.join(known_kinds())}")
+    return kind
+
+
+def _id(what: str, lookup: Callable[[str], int]) -> Hook:
+    def read(value: object) -> int:
+        if type(value) is str:
+            try:
+                return lookup(value)
+            except KeyError:
+                raise BadValue(value, f"there is no such {what}") from None
+            except ValueError as error:  # a null byte
+                raise BadValue(value, f"it can't be a {what}'s name: {error}") from None
+        number = exactly(value, int, f"a number or a {what}'s name")
+        if not 0 <= number < NO_ID:
+            raise BadValue(value, f"numbers are 0 to {NO_ID - 1}")
+        return number
+
+    return read
+
+
+def _name_pattern(value: object) -> str:
+    pattern = exactly(value, str, "text")
+    # A class such as [0-:] may have what a name may not.
+    fault = name_fault(pattern[:MAX_NAME_BYTES])
+    if fault is not None and "[" not in pattern:
+        raise BadValue(value, f"no name can match it: {fault}")
+    return pattern
+
+
+def _path_pattern(value: object) -> str:
+    pattern = exactly(value, str, "text")
+    if not pattern.startswith("/"):
+        raise BadValue(value, "it must be an absolute path")
+    if not pattern.isprintable():
+        raise BadValue(value, "it has characters that can't be printed")
+    if {"", ".", ".."} & set(pattern.split("/")[1:]):
+        raise BadValue(value, "no path that the kernel tells can match it: leave out '.', '..', double and trailing '/'")
+    return pattern
+
+
+_HOOKS: Final[Mapping[Any, Hook]] = {
+    Count: _count,
+    CountOrDefault: _count_or_default,
+    Seconds: _seconds,
+    Kind: _kind,
+    PathPattern: _path_pattern,
+    NamePattern: _name_pattern,
+    Uid: _id("user", lambda name: pwd.getpwnam(name).pw_uid),
+    Gid: _id("group", lambda name: grp.getgrnam(name).gr_gid),
+}

@@ -34,8 +34,10 @@ from typing import Final, Protocol
 import attrs
 import trio
 
+from luod.capacity import Capacity
 from luod.changes import Change
-from luod.custody import Capacity, Client, Custody, Outcome, Pending
+from luod.closing import Closer, Closing
+from luod.custody import Client, Custody, Outcome, Pending
 from luod.gate import Gate
 from luod.orchestrator import Orchestrator
 from luod_protocol import messages as m
@@ -76,13 +78,12 @@ class Host(Protocol):
     orchestrator: Orchestrator
     custody: Custody
     capacity: Capacity
+    closer: Closer
     generation: int
 
     async def perform(self, pending: Pending) -> Outcome: ...
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = ...) -> None: ...
-
-    def close_later(self, fds: Sequence[OwnedFd]) -> None: ...
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = ...) -> None: ...
 
     def status(self, seq: int) -> m.DaemonStatus: ...
 
@@ -93,6 +94,8 @@ class Host(Protocol):
     def takeover(self, connection: Connection) -> OwnedFd: ...
 
     def left(self, connection: Connection) -> None: ...
+
+    async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply: ...
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -122,6 +125,7 @@ class Connection:
         self.upgrade_seq = -1
         """The `seq` of an upgrade request that is to be answered by whoever serves in the end, else -1."""
         self.lost_events = 0
+        self._notice: m.Notice | None = None
         self._in_flight = 0
         self._host = host
         self._sock = trio.socket.from_stdlib_socket(sock)
@@ -160,7 +164,19 @@ class Connection:
     async def _receive(self) -> wire.Packet | None:
         # Within the gate: no time-out may move anything while the daemon is frozen.
         with trio.move_on_after(HELLO_S if self.protocol.state is State.NEW else float("inf")):
-            return await wire.receive_async(self._sock)
+            # As trio's recvmsg does it: cancelled it has had no effect, and between two packets the others have their turn. Whether there
+            # is room is asked right before each packet.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            waited = False
+            while True:
+                await self._host.closer.room(self.client.uid)
+                with suppress(BlockingIOError):
+                    packet = wire.receive(self.raw, flags=socket.MSG_DONTWAIT, dispose=self._close_later)
+                    if not waited:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    return packet
+                await trio.lowlevel.wait_readable(self.raw)
+                waited = True
         raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
 
     async def _send(self, unread: Unread) -> None:
@@ -190,6 +206,8 @@ class Connection:
         self._in_flight += len(unread.fds)
         # Never the last reference: the client or the box has one.
         close_all(unread.fds)
+        if self._notice is not None:
+            self.tell(self._notice)
 
     async def _answer(self, packet: wire.Packet) -> None:
         try:
@@ -203,7 +221,7 @@ class Connection:
                 self._queue(request, reply, fds)
         finally:
             if packet.fds:
-                self._host.close_later(packet.take_fds())
+                self._close_later(packet.take_fds())
 
     async def _grant(self, request: m.Request, packet: wire.Packet) -> tuple[m.Reply | None, Sequence[OwnedFd]]:
         try:
@@ -222,6 +240,8 @@ class Connection:
                     return None, ()
                 case m.Takeover():
                     return m.TakeoverOffered(seq=request.seq), [self._host.takeover(self)]
+                case m.Update() | m.Preflight() | m.Prepare() | m.Freeze() | m.CancelUpdate():
+                    return await self._host.update(request, self), ()
                 case _:
                     outcome = self._host.orchestrator.handle(self.client, request, packet.fds)
                     if isinstance(outcome, Pending):
@@ -287,16 +307,30 @@ class Connection:
         else:
             self.lost_events = 0
 
+    def tell(self, notice: m.Notice) -> None:
+        """Send a notice, now or behind the reply that is on its way. A client whose socket is full isn't told before its next reply."""
+        self._notice = notice
+        if self.unread is None:
+            with suppress(OSError):
+                wire.send(self.raw, self.protocol.send(notice), flags=socket.MSG_DONTWAIT)
+                self._notice = None
+
     def forget(self) -> None:
         """Close it without a task having run: the client is told by the end of its connection."""
         with suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        if self.raw.fileno() != -1:
+            trio.lowlevel.notify_closing(self.raw)
+            # What the client sent and luod didn't read is closed with it.
+            self._close_later([OwnedFd(self.raw.detach())])
         if self.unread is not None:
-            self._host.close_later(self.unread.fds)
+            self._close_later(self.unread.fds)
             self.unread = None
+
+    def _close_later(self, fds: Sequence[OwnedFd]) -> None:
+        self._host.closer.later(Closing(self.client.uid, fds))
 
     def _end(self) -> None:
         self.forget()
-        self._host.close_later(self._host.custody.lost(self.client))
+        self._host.closer.later(self._host.custody.lost(self.client))
         self._host.left(self)

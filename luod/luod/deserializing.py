@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from luod import checks
 from luod.changes import Change, Departure, Retrieval
-from luod.custody import ROOT, Client, Custody, Forgetting, Outcome, Pending, may_see, no_entry, own
+from luod.custody import Client, Custody, Forgetting, Outcome, Pending, no_entry, own
 from luod.lifecycle import SessionEvent
 from luod.session import Sealed, Session, entry_info
 from luod.store import Ended
@@ -91,11 +91,11 @@ class Deserializing:
         return Pending(waits_for=_forgetting(session, finished=True), act=act, undo=_as_it_was)
 
     def _finished_again(self, client: Client, request: m.Finish) -> Outcome:
-        ended = self._custody.store.ended(request.session_id)
-        if ended is not None and client.uid in (ROOT, ended.owner) and ended.finished:
+        ended = self._custody.ended(client, request.session_id)
+        if ended is not None and ended.finished:
             return Outcome(reply=m.Finished(seq=request.seq, session_id=request.session_id), again=request.session_id)
         session = self._custody.store.by_id(request.session_id)
-        if session is not None and may_see(client, session):
+        if session is not None and self._custody.may_see(client, session):
             raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is {session.state} and not claimed here: claim it, then finish")
         self._custody.refuse_ended(client, request.session_id)
         raise Refusal(Code.NO_SUCH_SESSION, "no session with this id is held, nor is one remembered as finished")
@@ -116,8 +116,8 @@ class Deserializing:
         return Pending(waits_for=_forgetting(session, finished=False), act=act, undo=undo)
 
     def list_sessions(self, client: Client, request: m.List, _: list[OwnedFd]) -> Outcome:
-        owner = None if request.owner is None else self._custody.owner(client, request.owner)
-        seen = [each for each in self._custody.store if may_see(client, each) and owner in (None, each.owner)]
+        owner = None if request.owner is None else self._custody.looked_at(client, request.owner)
+        seen = [each for each in self._custody.store if self._custody.may_see(client, each) and owner in (None, each.owner)]
         sessions = tuple(each.info(self._custody.system, self._custody.survived(each)) for each in seen)
         return Outcome(reply=m.Listed(seq=request.seq, sessions=sessions))
 

@@ -105,9 +105,9 @@ def bind(directory: str, endpoints: Iterable[Endpoint] = Endpoint) -> dict[Endpo
         return sockets
 
 
-def unbind(directory: str) -> None:
-    """Remove the sockets' files. For a daemon that ends with nobody after it."""
-    for endpoint in MODES:
+def unbind(directory: str, endpoints: Iterable[Endpoint]) -> None:
+    """Remove the files of sockets that `bind` made. For a daemon that ends with nobody after it."""
+    for endpoint in endpoints:
         _unlink(f"{directory}/{endpoint}")
 
 

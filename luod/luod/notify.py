@@ -10,7 +10,8 @@ Happy path: `of_this_process` finds the manager at start; a successor is told by
 Unhappy paths:
 1. The variables are another process's (they are inherited by whatever a service starts): there is no manager.
 2. The manager can't be reached, or doesn't take what was sent within `ANSWER_S`: `ManagerFault`. What was sent may still be taken later.
-3. A message is not permitted, or the store is full: nothing tells. Whoever must know finds it out (succession/fdstore).
+3. The manager is gone (`luod --supervised` can be killed, systemd can't): `ManagerGone`, and nothing is kept any more.
+4. A message is not permitted, or the store is full: nothing tells. Whoever must know finds it out (succession/fdstore).
 
 Sources: sd_notify(3), sd_listen_fds(3), systemd.exec(5) on $SYSTEMD_EXEC_PID, sd_watchdog_enabled(3).
 """
@@ -18,6 +19,7 @@ Sources: sd_notify(3), sd_listen_fds(3), systemd.exec(5) on $SYSTEMD_EXEC_PID, s
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
@@ -39,6 +41,10 @@ SUPERVISOR: Final = "luod --supervised"
 
 class ManagerFault(LuodError):
     """The service manager can't be told, or doesn't take what it was told."""
+
+
+class ManagerGone(ManagerFault):
+    """There is no service manager any more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -102,7 +108,7 @@ class Manager:
             fields: `NAME=VALUE` each.
 
         Raises:
-            ManagerFault: unhappy path 2.
+            ManagerFault: unhappy paths 2 and 3.
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         try:
@@ -111,15 +117,17 @@ class Manager:
         except trio.TooSlowError:
             raise ManagerFault(f"{self.info.name} takes no messages: its queue was full for {ANSWER_S:g} s") from None
         except OSError as error:
+            if self.info.name == SUPERVISOR and error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+                raise ManagerGone(f"{self.info.name} was killed; start luod under a new one (`luod --supervised --takeover`)") from None
             raise ManagerFault(f"{self.info.name} can't be told ({self.info.address}): {error.strerror}") from None
 
     async def barrier(self) -> None:
         """Return when all that was told before has been taken.
 
         Raises:
-            ManagerFault: unhappy path 2.
+            ManagerFault: unhappy paths 2 and 3.
         """
-        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self.tell("BARRIER=1", fds=[theirs.fileno()])
@@ -131,6 +139,19 @@ class Manager:
     def close(self) -> None:
         """Say no more."""
         self._sock.close()
+
+
+def pipe() -> tuple[OwnedFd, OwnedFd]:
+    """A pipe to see by when the manager lets go of the end to write, which is the second.
+
+    Raises:
+        ManagerFault: luod has no descriptors for it.
+    """
+    try:
+        read, write = own(os.pipe2(os.O_CLOEXEC))
+    except OSError as error:
+        raise ManagerFault(f"luod can't make a pipe to ask the service manager with: {error.strerror}") from None
+    return read, write
 
 
 def hung_up(pipe: OwnedFd) -> bool:

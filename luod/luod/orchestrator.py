@@ -13,18 +13,19 @@ from typing import Any
 
 from luod.custody import Client, Custody, Outcome, Pending
 from luod.deserializing import Deserializing
-from luod.handlers import kinds
+from luod.handlers.recognizer import Recognizer
 from luod.serializing import Serializing
 from luod_protocol import messages as m
 from luod_protocol.fds import OwnedFd
 
 
 class Orchestrator:
-    """The verbs of one daemon, over its custody."""
+    """The verbs of one daemon, over its custody; `recognizer` says what is taken."""
 
-    def __init__(self, custody: Custody) -> None:
+    def __init__(self, custody: Custody, recognizer: Recognizer) -> None:
         self._custody = custody
-        serializing = Serializing(custody)
+        self._kinds = dict(recognizer.kinds)
+        serializing = Serializing(custody, recognizer)
         deserializing = Deserializing(custody)
         self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome | Pending]] = {
             m.Capabilities: self._capabilities,
@@ -48,8 +49,10 @@ class Orchestrator:
         Raises:
             Refusal: it is not granted; nothing changed.
         """
+        self._custody.admit(request)
         return self._verbs[type(request)](client, request, fds)
 
     def _capabilities(self, _: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
-        survives = {each.value: reason for each, reason in self._custody.outlook.reasons.items()}
-        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds(), survives=survives))
+        outlook = self._custody.outlook.with_kernel(self._custody.carriable.fault)
+        survives = {each.value: reason for each, reason in outlook.reasons.items()}
+        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=self._kinds, survives=survives))

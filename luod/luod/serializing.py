@@ -18,10 +18,13 @@ import attrs
 
 from luod import checks, manifest
 from luod.changes import Sealing
-from luod.custody import Client, Custody, Outcome, Pending, Storing, may_see, no_entry, own
+from luod.closing import Closing
+from luod.custody import Client, Custody, Outcome, Pending, Storing, no_entry, own
 from luod.handlers import recognize
 from luod.handlers.base import Probe
+from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionEvent, SessionState
+from luod.quota import Cost, cost
 from luod.session import Sealed, Session, Staged, entry_info, weigh
 from luod_protocol import box
 from luod_protocol import messages as m
@@ -31,18 +34,32 @@ from luod_protocol.limits import MAX_ENTRIES_PER_SESSION, MAX_MANIFEST_BYTES, MA
 
 
 class Serializing:
-    """The verbs of the endpoint `serialize`, over one custody."""
+    """The verbs of the endpoint `serialize`, over one custody; `recognizer` says what is taken."""
 
-    def __init__(self, custody: Custody) -> None:
+    def __init__(self, custody: Custody, recognizer: Recognizer) -> None:
         self._custody = custody
+        self._recognizer = recognizer
 
     def open(self, client: Client, request: m.Open, _: list[OwnedFd]) -> Outcome:
         checks.session_name(request.session)
         checks.session_id(request.session_id)
         checks.metadata(request.metadata, f"session {request.session!r}")
         owner = self._custody.owner(client, request.owner)
+        self._refuse_unless_allowed(client, request.session)
+        session = Session(
+            session_id=request.session_id,
+            name=request.session,
+            owner=owner,
+            metadata=request.metadata,
+            opened_at=self._custody.system.now(),
+        )
+        self._custody.quota.refuse_beyond(owner, cost(session))
         if len(self._custody.store) >= self._custody.capacity.sessions:
-            raise Refusal(Code.LIMIT_REACHED, f"luod holds {len(self._custody.store)} sessions, its limit: finish or discard some")
+            raise Refusal(
+                Code.LIMIT_REACHED,
+                f"luod holds {len(self._custody.store)} sessions, its limit: finish or discard some, "
+                "or have limits.max_sessions of luod's configuration raised",
+            )
         existing = self._custody.store.by_name(owner, request.session)
         if existing is not None:
             raise Refusal(
@@ -53,17 +70,23 @@ class Serializing:
         if self._custody.store.by_id(request.session_id) is not None:
             raise Refusal(Code.SESSION_EXISTS, "a session with this id exists: ids are random, make a new one for each session")
         self._custody.refuse_ended(client, request.session_id)
-        session = Session(
-            session_id=request.session_id,
-            name=request.session,
-            owner=owner,
-            metadata=request.metadata,
-            opened_at=self._custody.system.now(),
-        )
         self._custody.store.add(session)
-        client.session = session
+        self._custody.quota.charge(session)
+        client.session, client.notices = session, request.notices
         self._custody.publish("opened", session, "")
         return Outcome(reply=m.Opened(seq=request.seq, session_id=session.session_id))
+
+    def _refuse_unless_allowed(self, client: Client, name: str) -> None:
+        policy = self._custody.policy
+        if policy.may_open(client.peer, name):
+            return
+        patterns = policy.openable(client.peer)
+        what = f"a session {name[:64]!r}, only those named {' or '.join(patterns)}" if patterns else "sessions"
+        raise Refusal(
+            Code.NOT_PERMITTED,
+            f"the [[serialize]] rules of luod's configuration don't let uid {client.uid} open {what:.300}; "
+            "whoever runs luod can change them",
+        )
 
     def preserve(self, client: Client, request: m.Preserve, fds: list[OwnedFd]) -> Outcome:
         session = own(client)
@@ -86,18 +109,21 @@ class Serializing:
                 f"session {session.name!r} would have {session.size + len(entries)} entries, at most {MAX_ENTRIES_PER_SESSION} fit: "
                 "use several sessions",
             )
-        weight = session.weight + weigh(entries)
+        added = weigh(entries)
+        weight = session.weight + added
         if weight > MAX_MANIFEST_BYTES:
             raise Refusal(
                 Code.TOO_LARGE,
                 f"session {session.name!r} would have {weight} bytes of names, needs and metadata, at most {MAX_MANIFEST_BYTES} are kept: "
                 "put them into a memfd and preserve that",
             )
-        if self._custody.staged_fds + len(entries) > self._custody.capacity.staged_fds:
+        self._custody.quota.refuse_beyond(session.owner, Cost(staged_fds=len(entries), metadata_bytes=added))
+        here = self._custody.staged_fds + self._custody.being_closed()
+        if here + len(entries) > self._custody.capacity.staged_fds:
             raise Refusal(
                 Code.LIMIT_REACHED,
-                f"open sessions have {self._custody.staged_fds} fds here and {self._custody.capacity.staged_fds} is the limit: "
-                "finalize what is complete, then go on",
+                f"luod has {here} fds of open sessions, those that it is closing included, and {self._custody.capacity.staged_fds} is the "
+                "limit: finalize what is complete, then go on",
             )
         for entry in entries:
             if entry.name in session.staged:
@@ -108,16 +134,17 @@ class Serializing:
                 )
         session.step(SessionEvent.PRESERVE)
         for entry, fd in zip(entries, fds, strict=True):
+            self._custody.carriable.see(entry.sort, fd.fileno())
             session.staged[entry.name] = Staged(entry=entry, fd=fd)
         fds.clear()
         session.weight = weight
-        self._custody.staged_fds += len(entries)
+        self._custody.quota.charge(session)
         return Outcome(reply=m.Preserved(seq=request.seq, entries=tuple(entry_info(entry) for entry in entries)))
 
     def _recognized(self, spec: m.EntrySpec, fd: int) -> manifest.Entry:
         try:
             probe = Probe(fd)
-            handler = recognize(probe)
+            handler = self._recognizer.recognize(probe)
             facts = handler.record(probe)
         except Refusal as refusal:
             raise Refusal(refusal.code, f"entry {spec.name!r} refused: {refusal.message}", entry=spec.name) from None
@@ -143,8 +170,8 @@ class Serializing:
         session.step(SessionEvent.UNPRESERVE)
         taken = [session.staged.pop(name) for name in request.names]
         session.weight -= weigh(staged.entry for staged in taken)
-        closing = [staged.fd for staged in taken]
-        self._custody.staged_fds -= len(closing)
+        closing = Closing(session.owner, [staged.fd for staged in taken])
+        self._custody.quota.charge(session)
         return Outcome(reply=m.Unpreserved(seq=request.seq), closing=closing)
 
     def finalize(self, client: Client, request: m.Finalize, _: list[OwnedFd]) -> Outcome | Pending:
@@ -159,11 +186,12 @@ class Serializing:
                 Code.BAD_REQUEST,
                 f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve refused?",
             )
-        self._custody.outlook.demand(request.require)
+        self._custody.outlook_of(session).demand(request.require)
         for name in request.seal:
             if name not in session.staged:
                 raise no_entry(session, name)
         checks.needs({name: staged.entry.needs for name, staged in session.staged.items()})
+        self._custody.quota.refuse_beyond(session.owner, Cost(preserved_fds=session.size))
         if self._custody.preserved_fds + session.size > self._custody.capacity.preserved_fds:
             raise Refusal(
                 Code.LIMIT_REACHED,
@@ -188,21 +216,22 @@ class Serializing:
             sealing = Sealed.of(description, _boxed(description, session))
         except Refusal as refusal:
             raise Refusal(refusal.code, refusal.message + _already(sealed)) from None
-        # Reserved before it is waited for: others finalize meanwhile.
-        self._custody.preserved_fds += session.size
+        # Charged before it is waited for: others finalize meanwhile.
+        session.sealing = True
+        self._custody.quota.charge(session)
 
         def undo() -> None:
-            self._custody.preserved_fds -= session.size
+            session.sealing = False
+            self._custody.quota.charge(session)
             # Never the last reference: the entries are still staged.
             sealing.box.close()
 
         def act(stored: str) -> Outcome:
-            self._custody.outlook.demand(request.require)
-            session.sealed = sealing
-            session.stored = stored
+            self._custody.outlook_of(session).demand(request.require)
+            session.sealed, session.stored, session.sealing = sealing, stored, False
             session.step(SessionEvent.FINALIZE)
             staged, session.staged = session.staged, {}
-            self._custody.staged_fds -= len(staged)
+            self._custody.quota.charge(session)
             # Never the last reference, the box has one: these closes can't block.
             close_all(each.fd for each in staged.values())
             client.session = None
@@ -237,7 +266,7 @@ class Serializing:
 
     def _finalized_again(self, client: Client, request: m.Finalize) -> Outcome:
         session = self._custody.store.by_id(request.session_id)
-        if session is None or not may_see(client, session):
+        if session is None or not self._custody.may_see(client, session):
             self._custody.refuse_ended(client, request.session_id)
             raise Refusal(Code.NO_SUCH_SESSION, "no session with this id was finalized: open it and preserve its entries again")
         if session.state is SessionState.OPEN:
@@ -245,8 +274,12 @@ class Serializing:
         return Outcome(reply=self._finalized(request, session), again=session.session_id)
 
     def _finalized(self, request: m.Finalize, session: Session) -> m.Finalized:
-        survives = self._custody.survived(session)
-        return m.Finalized(seq=request.seq, session_id=session.session_id, survives=survives, entry_survives={})
+        return m.Finalized(
+            seq=request.seq,
+            session_id=session.session_id,
+            survives=self._custody.survived(session),
+            entry_survives=self._custody.differing(session),
+        )
 
     def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
         session = own(client)

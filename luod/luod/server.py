@@ -7,7 +7,7 @@ Happy path: `start()` begins to accept; `thaw()` lets everything move; `stop` or
 
 Unhappy paths:
 1. Descriptors run out: accepting pauses for `ACCEPT_PAUSE_S` and goes on; connections are limited below that.
-2. Closing a client's fd blocks: it happens in a thread, and only whoever asked for it waits.
+2. Closing a client's fd blocks: `closing`.
 
 Invariants: what changes the set of finalized sessions is known to the service manager, then to a successor, then to the client who asked.
 """
@@ -25,29 +25,37 @@ from typing import Final
 import trio
 
 from luod import survival
+from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
-from luod.config import Config, all_uids_are_mapped, overflow_uid
+from luod.closing import Closer, Closing, Threads
+from luod.config import Config
 from luod.connection import Connection, Unread
-from luod.custody import ROOT, Capacity, Client, Custody, Forgetting, Outcome, Pending, Storing
+from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing
 from luod.gate import Gate
+from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerInfo
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
+from luod.policy import ROOT
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
+from luod.succession.carriable import Carriable
 from luod.succession.keeping import Keeper
+from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
-from luod.succession.other import see_off
+from luod.succession.opaque import as_session, decide, tell
+from luod.succession.other import left, see_off
 from luod.system import Process, System
+from luod.updates import Updates
 from luod.upgrades import Upgrades
 from luod_protocol import messages as m
 from luod_protocol import wire
 from luod_protocol.connection import ServerConnection, State, fault
 from luod_protocol.errors import Code, FaultCode, ProtocolFault, Refusal
-from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.fds import OwnedFd
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
 
@@ -66,9 +74,6 @@ REPORT_S: Final = 10.0
 CONTROL_RESERVE: Final = 16
 """Connections to control beyond the limit."""
 
-CLOSING_THREADS: Final = 64
-"""Threads that close clients' fds at the same time."""
-
 log = logging.getLogger("luod")
 
 
@@ -85,8 +90,10 @@ class Server:
         listeners: the listening sockets; owned.
         generation: of this daemon.
         capacity: what to take.
+        bound: those of the listening sockets that luod bound itself.
         manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
+        opening: opens /dev/liveupdate.
     """
 
     def __init__(
@@ -101,22 +108,37 @@ class Server:
         listeners: Mapping[Endpoint, socket.socket],
         generation: int,
         capacity: Capacity,
+        bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
+        opening: Opening = Device.open,
     ) -> None:
         self.gate = Gate(is_open=not frozen)
         self.door = Gate(is_open=not frozen)
         """For accepting: it is closed first, for whoever connects waits in the backlog and notices nothing."""
         self.system = system
+        self.threads = Threads()
         self.boot_id = system.boot_id
         self.directory = directory
         self.generation = generation
         self.capacity = capacity
         self.started_at = system.now()
         self.last_pause_us = 0
-        self.manager: Final = manager
-        self.custody = Custody(system=system, capacity=capacity, generation=generation, publish=self._publish)
-        self.orchestrator = Orchestrator(self.custody)
+        self.bound: Final = tuple(bound)
+        self.closer = Closer(nursery=nursery, threads=self.threads, most=capacity.closing_fds, exempt=(ROOT, system.uid))
+        self.custody = Custody(
+            system=system,
+            capacity=capacity,
+            policy=config.policy,
+            generation=generation,
+            publish=self._publish,
+            carriable=Carriable(opening),
+            being_closed=lambda: self.closer.total,
+        )
+        self.updates = Updates(host=self, opening=opening)
+        self.custody.admit = self.updates.admit
+        recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
+        self.orchestrator = Orchestrator(self.custody, recognizer)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
         if manager is not None:
             # Until it is known: what the predecessor has found out.
@@ -126,9 +148,8 @@ class Server:
         self._lock = lock
         self._listeners = dict(listeners)
         self._connections: dict[Connection, None] = {}
-        self._closers = trio.CapacityLimiter(CLOSING_THREADS)
         self._alone: trio.Event | None = None
-        self._abandoned: list[OwnedFd] = []
+        self._leaving: set[str] = set()
         self._settling: dict[bytes, trio.Event] = {}
 
     @property
@@ -163,22 +184,32 @@ class Server:
                         log.warning("can't accept on %s: %s", endpoint, error.strerror)
                         await self.door.wait(_pause)
                     continue
-                self.welcome(endpoint, socket.socket(fileno=accepted.detach()))
+                if not self.welcome(endpoint, socket.socket(fileno=accepted.detach())):
+                    await self.door.wait(_pause)
 
-    def welcome(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        """Serve a connection that was accepted; takes the socket over."""
+    def welcome(self, endpoint: Endpoint, sock: socket.socket) -> bool:
+        """Serve a connection that was accepted; takes the socket over.
+
+        Returns:
+            Whether the next one may come at once: not behind somebody whose sockets luod can't even close.
+        """
         # Who may upgrade or look at a luod that is full must still get in.
         room = self.capacity.connections + (CONTROL_RESERVE if endpoint is Endpoint.CONTROL else 0)
+        pid, who = peer(sock)
+        reason = self.custody.quota.too_many(who.uid)
         if len(self._connections) >= room:
             reason = f"luod has {len(self._connections)} connections, its limit: try again later"
-            with sock, suppress(OSError):
+        if reason:
+            with suppress(OSError):
                 wire.send(sock, ServerConnection(endpoint).send(fault(ProtocolFault(FaultCode.TOO_MANY_CONNECTIONS, reason))))
-            return
-        pid, uid = peer(sock)
-        client = Client(uid=uid, process=self.system.process(pid))
+                sock.shutdown(socket.SHUT_RDWR)
+            self.closer.later(Closing(who.uid, [OwnedFd(sock.detach())]))
+            return self.closer.has_room(who.uid)
+        client = Client(peer=who, process=self.system.process(pid))
         connection = Connection(host=self, sock=sock, client=client, protocol=ServerConnection(endpoint))
-        self._connections[connection] = None
+        self._keep(connection)
         self._nursery.start_soon(connection.run)
+        return True
 
     def refuse_peer(self, endpoint: Endpoint, uid: int) -> None:
         """Refuse a uid that has no business at `endpoint`.
@@ -197,7 +228,13 @@ class Server:
 
     def left(self, connection: Connection) -> None:
         """A connection has ended."""
-        self._connections.pop(connection, None)
+        del self._connections[connection]
+        self.custody.quota.disconnected(connection.client.uid)
+        self.updates.left(connection)
+
+    def _keep(self, connection: Connection) -> None:
+        self._connections[connection] = None
+        self.custody.quota.connected(connection.client.uid)
 
     async def perform(self, pending: Pending) -> Outcome:
         """Have the service manager do its part of a verb, then act.
@@ -213,13 +250,14 @@ class Server:
                         stored = await self.keeper.keep(box)
                     case Forgetting(ended=ended, box=box, stored=name):
                         await self.keeper.forget(ended, box, name)
+                self.custody.outlook = self.keeper.outlook()
             return pending.act(stored)
         except BaseException:
             pending.undo()
             raise
 
-    async def settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd], again: bytes = b"") -> None:
-        """What must be done before a reply: tell the successor, close what was let go, wait until no predecessor holds a copy.
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = b"") -> None:
+        """What must be done before a reply: tell the successor, close what was let go (see `Closer.close`), wait for the predecessor's end.
 
         Args:
             again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
@@ -243,29 +281,20 @@ class Server:
                     del self._settling[session_id]
             settled.set()
 
-    async def _settle(self, changes: Sequence[Change], closing: Sequence[OwnedFd]) -> None:
+    async def _settle(self, changes: Sequence[Change], closing: Closing) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
                 await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
-        if closing:
-            await self._close(list(closing))
+        await self.updates.follow(changes)
+        if closing.fds:
+            await self.closer.close(closing)
             if self._alone is not None:
                 await self._alone.wait()
 
-    def close_later(self, fds: Sequence[OwnedFd]) -> None:
-        """Close fds whose closing nobody waits for, off the event loop."""
-        if fds and self._nursery.cancel_scope.cancel_called:
-            # The process ends now, and the kernel closes them.
-            self._abandoned += fds
-        elif fds:
-            self._nursery.start_soon(self._close, list(fds))
-
-    async def _close(self, fds: list[OwnedFd]) -> None:
-        try:
-            await trio.to_thread.run_sync(close_all, fds, limiter=self._closers, abandon_on_cancel=True)
-        except OSError as error:
-            log.warning("closing a client's fd: %s", error.strerror)
+    def leave(self) -> None:
+        """The process ends with nobody after it: close what it holds, so that one owner's that hangs keeps no other's."""
+        self.closer.leave([Closing(session.owner, session.take_fds()) for session in self.store])
 
     def status(self, seq: int) -> m.DaemonStatus:
         """How the daemon is.
@@ -292,16 +321,17 @@ class Server:
             open_fds=open_fds,
             last_pause_us=self.last_pause_us,
             manager=self.manager.name if self.manager is not None else "",
-            stored_fds=self.keeper.count if self.keeper is not None else 0,
+            stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
+            sessions_opaque=len(self.store.opaque),
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
 
     @property
-    def managed(self) -> bool:
-        """Whether a service manager watches this daemon."""
-        return self.manager is not None
+    def manager(self) -> ManagerInfo | None:
+        """The service manager that watches this daemon."""
+        return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
     async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
@@ -311,9 +341,12 @@ class Server:
 
     async def tell_manager(self, *fields: str) -> None:
         """Tell the service manager, if there is one, and go on if it can't be told."""
-        if self.keeper is not None:
+        if self.keeper is not None and not self.keeper.gone:
             try:
                 await self.keeper.manager.tell(*fields)
+            except ManagerGone as error:
+                self.keeper.lose(error)
+                self.custody.outlook = self.keeper.outlook()
             except ManagerFault as error:
                 log.warning("%s", error)
 
@@ -322,7 +355,7 @@ class Server:
         await keeper.ready.wait()
         watchdog_s = keeper.manager.info.watchdog_us / 1e6
         await self.tell_manager("READY=1")
-        while True:
+        while not keeper.gone:
             preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
             state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"
             await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
@@ -352,22 +385,46 @@ class Server:
                 m.Event(seq=0, at=self.system.now(), event=event, session=name, session_id=session_id, owner=owner, detail=detail, lost=0)
             )
 
+    # ------------------------------------------------------------------------------------------- updates of the kernel
+
+    async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply:
+        """As `Updates.answer`."""
+        return await self.updates.answer(request, connection)
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Whether a successor is about to take over."""
+        return self.upgrades.is_running
+
+    @property
+    def at_work(self) -> int:
+        """How many requests are being worked on, the one that asks included."""
+        return self.gate.inside
+
+    def tell_clients(self, notice: m.Notice) -> None:
+        """Tell those with an open session who asked for it."""
+        for each in self._connections:
+            if each.client.notices and each.protocol.state is State.OPEN:
+                each.tell(notice)
+
     # ---------------------------------------------------------------------------------------------------- handing over
 
     def upgrade(self, program: str) -> None:
         """Start a successor and hand over to it.
 
         Raises:
-            Refusal: as `Upgrades.start`.
+            Refusal: as `Upgrades.start`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         self.upgrades.start(program)
 
     def takeover(self, connection: Connection) -> OwnedFd:
         """Hand over to the process that asks. Returns its end of the handover socket, owned by the caller.
 
         Raises:
-            Refusal: as `Upgrades.admit`.
+            Refusal: as `Upgrades.admit`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         return self.upgrades.admit(connection)
 
     def waiting_for_upgrade(self) -> Iterable[Connection]:
@@ -377,6 +434,11 @@ class Server:
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
+
+    def note_successor(self) -> None:
+        """A successor may serve from now on."""
+        if self.keeper is not None:
+            self.keeper.note_successor()
 
     async def settled(self) -> None:
         """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
@@ -389,9 +451,9 @@ class Server:
         """What is in the service manager's store and is no session's box."""
         return self.keeper.others if self.keeper is not None else ()
 
-    def wire_versions(self) -> set[int]:
-        """The versions that connected clients speak."""
-        return {each.protocol.version for each in self._connections if each.protocol.version}
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        """The wire version and the pid of each connected client that has said hello."""
+        return ((each.protocol.version, each.client.process.pid) for each in self._connections if each.protocol.version)
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         """Every live connection: its session, and the messages that describe it with their fds (borrowed). True while frozen."""
@@ -406,6 +468,24 @@ class Server:
         """Take in a session from the predecessor."""
         self.custody.adopt(session)
 
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that a predecessor could not read."""
+        self.custody.keep_opaque(opaque)
+
+    def _settle_opaque(self) -> None:
+        """All sessions are here: which of the boxes that were opaque are sessions now?"""
+        if not self.store.opaque:
+            return
+        decided = decide(self.store.opaque, self.store, {each.session_id for each in self.store.all_ended})
+        for opaque, description in decided.sessions:
+            self.custody.give_opaque(opaque)
+            self.adopt_session(as_session(opaque, description, self.store.retrieved, self.boot_id))
+            self.store.retrieved.pop(description.session_id, None)
+        for opaque in decided.ended:
+            self.custody.give_opaque(opaque)
+            self.closer.later(Closing(opaque.manifest.owner if opaque.manifest else self.system.uid, [opaque.box]))
+            self._leaving.add(opaque.stored)
+
     async def drop_session(self, ended: Ended) -> None:
         """A session that came from the predecessor has ended there: close every copy."""
         self.remember(ended)
@@ -417,25 +497,26 @@ class Server:
 
     def note_retrieval(self, session_id: bytes, process: Process) -> None:
         """A process got fds of a session from the predecessor."""
-        session = self.store.by_id(session_id)
-        if session is not None:
-            session.retrieved_by.add(process)
+        self.store.note_retrieval(session_id, process)
 
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
         connection = revive(self, live, fd, None if unread is None else Unread(data=unread[0], fds=unread[1]))
-        self._connections[connection] = None
+        self._keep(connection)
 
     def forget_live(self) -> None:
         """The predecessor died before all connections were here: end those that are, and roll back what is tied to them."""
         for connection in list(self._connections):
             connection.forget()
-            self.close_later(self.custody.lost(connection.client))
-        self._connections.clear()
+            self.closer.later(self.custody.lost(connection.client))
+            self.left(connection)
 
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
+        self._settle_opaque()
+        if self.keeper is not None:
+            self.keeper.inherit(stored_others)
         if predecessor is not None:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
@@ -454,14 +535,15 @@ class Server:
         self.tell_monitors("upgraded", f"generation {self.generation}, pause {pause_us} us")
 
     async def _outlive(self, predecessor: OwnedFd, alone: trio.Event, stored_others: Collection[str]) -> None:
-        patience_s = MANAGED_PREDECESSOR_S if self.managed else PREDECESSOR_S
+        patience_s = MANAGED_PREDECESSOR_S if self.manager is not None else PREDECESSOR_S
         with predecessor:
-            if await see_off(predecessor.fileno(), patience_s):
+            if not await left(predecessor.fileno(), patience_s) and await see_off(predecessor.fileno(), 0):
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-        leaving = {ledger.name(self.generation - 1)}.intersection(stored_others)
-        await self.begin_keeping(others=stored_others, leaving=leaving, is_main=False)
+        tell(self.store.opaque)
+        leaving = {ledger.name(self.generation - 1), *self._leaving}
+        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
 
 
 def _about(change: Change) -> bytes:

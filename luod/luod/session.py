@@ -23,12 +23,14 @@ class Staged:
 
 @attrs.frozen(kw_only=True)
 class Sealed:
-    """A finalized session's manifest and box; `places` says where in the box each name is, `kinds` has each kind with its `compatible`."""
+    """A finalized session's manifest and box; `places` says where in the box each name is, `kinds` has each kind with its `compatible`,
+    `sorts` what the kernel carries or doesn't."""
 
     manifest: Manifest
     box: OwnedFd
     places: dict[str, int]
     kinds: frozenset[tuple[str, str]]
+    sorts: frozenset[str]
 
     @classmethod
     def of(cls, manifest: Manifest, box: OwnedFd) -> Sealed:
@@ -38,6 +40,7 @@ class Sealed:
             box=box,
             places={entry.name: place for place, entry in enumerate(manifest.entries)},
             kinds=frozenset((entry.kind, entry.compatible) for entry in manifest.entries),
+            sorts=frozenset(entry.sort for entry in manifest.entries),
         )
 
 
@@ -53,12 +56,14 @@ class Session:
     state: SessionState = SessionState.OPEN
     staged: dict[str, Staged] = attrs.Factory(dict[str, Staged])
     weight: int = 0
-    """Bytes of the names, needs and metadata of the staged entries: what the manifest grows with."""
+    """Bytes of the names, needs and metadata of the entries: what the manifest grows with."""
     sealed: Sealed | None = None
     claimer: Process | None = None
     retrieved_by: set[Process] = attrs.Factory(set[Process])
     stored: str = ""
     """What the service manager calls the box; empty when it doesn't hold it."""
+    sealing: bool = False
+    """Whether it is boxed and waits for the service manager: it costs both what an open session does and what a finalized one does."""
     ending: bool = False
     """Whether it is being discarded: the service manager is letting go of it."""
 
@@ -76,6 +81,7 @@ class Session:
             metadata=manifest.metadata,
             opened_at=manifest.opened_at,
             state=SessionState.PRESERVED,
+            weight=weigh(manifest.entries),
             sealed=Sealed.of(manifest, box),
             retrieved_by=set(retrieved_by),
             stored=stored,
@@ -94,6 +100,11 @@ class Session:
         if self.sealed is not None:
             return self.sealed.kinds
         return frozenset((staged.entry.kind, staged.entry.compatible) for staged in self.staged.values())
+
+    @property
+    def sorts(self) -> frozenset[str]:
+        """The sorts of its entries."""
+        return self.sealed.sorts if self.sealed is not None else frozenset(staged.entry.sort for staged in self.staged.values())
 
     @property
     def size(self) -> int:

@@ -11,7 +11,8 @@ Unhappy paths:
    kernel passes, so this process is at RLIMIT_NOFILE): the fds that did arrive are closed, `ProtocolFault`. A part is never used.
 2. Ancillary data that isn't SCM_RIGHTS: never asked for, ignored.
 3. A packet of no bytes can't be told from the end on a SEQPACKET socket: it is taken for the end, its fds are closed.
-4. A peer that died with our last message unread gives ECONNRESET once, before what it had sent: reported as the end for a client
+4. fds are to be closed that nobody asked for: `dispose` does it, for a close may wait for whoever sent them (a file of a FUSE mount).
+5. A peer that died with our last message unread gives ECONNRESET once, before what it had sent: reported as the end for a client
    (`receive`); a handover, for which what was queued matters, asks for `resets=True` and reads on.
 
 Invariants: every descriptor that arrives is close-on-exec and owned before a byte is looked at. Cancelling an async call means that the
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import array
 import socket
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, TypeAlias
 
@@ -38,6 +39,7 @@ _FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 
 Ancillary: TypeAlias = list[tuple[int, int, bytes]]
 Received: TypeAlias = tuple[bytes, Ancillary, int, object]
+Dispose: TypeAlias = Callable[[list[OwnedFd]], object]
 
 
 class AsyncSocket(Protocol):
@@ -77,7 +79,7 @@ def _rights(fds: Sequence[int]) -> Ancillary:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
 
 
-def _packet(received: Received) -> Packet | None:
+def _packet(received: Received, dispose: Dispose) -> Packet | None:
     data, ancillary, flags, _ = received
     numbers = array.array("i")
     for level, kind, content in ancillary:
@@ -93,11 +95,11 @@ def _packet(received: Received) -> Packet | None:
         if flags & socket.MSG_TRUNC:
             raise ProtocolFault(FaultCode.PACKET_TOO_LARGE, f"a packet holds at most {MAX_PACKET_BYTES} bytes: send more as bulk")
         if not data:
-            packet.close()
+            dispose(packet.take_fds())
             return None
         return _unbulk(packet)
     except BaseException:
-        packet.close()
+        dispose(packet.take_fds())
         raise
 
 
@@ -107,8 +109,9 @@ def _unbulk(packet: Packet) -> Packet:
         return packet
     if not packet.fds:
         raise ProtocolFault(FaultCode.FD_COUNT, "bulk comes with a memfd as its first fd, none came")
-    with packet.fds.pop(0) as memfd:
-        packet.data = read_sealed(memfd.fileno(), size)
+    packet.data = read_sealed(packet.fds[0].fileno(), size)
+    # Now it is known to be a memfd.
+    packet.fds.pop(0).close()
     return packet
 
 
@@ -151,8 +154,14 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, flags: in
         sock.sendmsg([out.data], out.rights, flags | socket.MSG_NOSIGNAL)
 
 
-def receive(sock: socket.socket, *, flags: int = 0, resets: bool = False) -> Packet | None:
+def receive(sock: socket.socket, *, flags: int = 0, resets: bool = False, dispose: Dispose = close_all) -> Packet | None:
     """Receive one message, or None at the end of the connection. The caller owns the packet.
+
+    Args:
+        sock: a SEQPACKET socket.
+        flags: for recvmsg(2), such as MSG_DONTWAIT.
+        resets: see unhappy path 5.
+        dispose: takes over fds that the caller doesn't get, to close them.
 
     Raises:
         ProtocolFault: unhappy path 1, or bulk that isn't as it must be.
@@ -160,7 +169,7 @@ def receive(sock: socket.socket, *, flags: int = 0, resets: bool = False) -> Pac
     """
     while True:
         try:
-            return _packet(sock.recvmsg(MAX_PACKET_BYTES, _ANCILLARY_BYTES, flags | _FLAGS))
+            return _packet(sock.recvmsg(MAX_PACKET_BYTES, _ANCILLARY_BYTES, flags | _FLAGS), dispose)
         except ConnectionResetError:
             if not resets:
                 return None
@@ -181,4 +190,4 @@ async def receive_async(sock: AsyncSocket, *, resets: bool = False) -> Packet | 
             if not resets:
                 return None
         else:
-            return _packet(received)
+            return _packet(received, close_all)

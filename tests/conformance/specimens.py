@@ -1,88 +1,24 @@
 """What the conformance kit tries the handlers with. A new handler joins by adding its specimens here.
 
 A specimen makes a fd, knows what its handler must say of it, and what whoever has a copy of the fd may do to it at any time. A refused
-specimen makes a fd that no handler may take.
+specimen makes a fd that no handler may take. What only a VMM has is in `vmm`; what this machine has not, in `recorded`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import os
 import select
 import socket
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Final, TypeAlias
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Final
 
-import attrs
-
+from conformance import vmm
+from conformance.making import HOSTILE, Maker, Refused, Specimen, available, making, reopened
 from luod_protocol.fds import OwnedFd, own
-from luod_protocol.records import Fact
-
-Maker: TypeAlias = Callable[[], AbstractContextManager[int]]
-
-HOSTILE: Final = b"\xff\x1b[31m\n:"
-"""A name that is no UTF-8 and does things to a terminal."""
-
-
-def _nothing(fd: int) -> None:
-    """Nobody does anything."""
-
-
-@attrs.frozen(kw_only=True)
-class Specimen:
-    """A fd of a kind that is taken.
-
-    Attributes:
-        name: unique.
-        kind: the handler that must take it.
-        make: makes it, borrowed until the block ends.
-        facts: what must be recorded of it, among other things.
-        use: what somebody who has a copy may do without becoming a liar; `verify` must not mind.
-        unlike: specimens of this kind whose record must not pass for this one.
-    """
-
-    name: str
-    kind: str
-    make: Maker
-    facts: dict[str, Fact]
-    use: Callable[[int], None] = _nothing
-    unlike: tuple[str, ...] = ()
-
-
-@attrs.frozen(kw_only=True)
-class Refused:
-    """A fd that is not taken; `words` must be in the reason."""
-
-    name: str
-    make: Maker
-    words: tuple[str, ...]
-
-
-def _making(function: Callable[[], int]) -> Maker:
-    """A maker of fds that nothing else belongs to."""
-
-    @contextmanager
-    def make() -> Generator[int]:
-        with OwnedFd(function()) as fd:
-            yield fd.fileno()
-
-    return make
-
-
-def reopened(make: Maker, flags: int) -> Maker:
-    """The object that `make` makes, opened once more with other flags."""
-
-    @contextmanager
-    def again() -> Generator[int]:
-        with make() as fd, OwnedFd(os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)) as second:
-            yield second.fileno()
-
-    return again
-
 
 # ---- memfd
 
@@ -98,7 +34,7 @@ def _memfd(content: bytes = b"contents", *, seals: int = 0, position: int = 0, n
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         return fd
 
-    return _making(make)
+    return making(make)
 
 
 def _write_and_grow(fd: int) -> None:
@@ -128,7 +64,7 @@ def _huge_pages() -> list[Specimen]:
             Specimen(
                 name=f"memfd-huge-{shift}",
                 kind="memfd",
-                make=_making(functools.partial(os.memfd_create, "specimen", flags)),
+                make=making(functools.partial(os.memfd_create, "specimen", flags)),
                 facts={"access": "rw", "seals": "", "huge_page_size": 1 << shift, "size": 0},
                 unlike=("memfd",),
             )
@@ -215,7 +151,7 @@ MEMFDS: Final = (
 
 
 def _eventfd(count: int, flags: int = 0) -> Maker:
-    return _making(lambda: os.eventfd(count, os.EFD_CLOEXEC | os.EFD_NONBLOCK | flags))
+    return making(lambda: os.eventfd(count, os.EFD_CLOEXEC | os.EFD_NONBLOCK | flags))
 
 
 def _signal(fd: int) -> None:
@@ -358,19 +294,77 @@ def _inet6() -> list[Specimen]:
             name="socket-tcp6",
             kind="socket",
             make=_socket(socket.AF_INET6, socket.SOCK_STREAM),
-            facts={"family": "inet6", "type": "stream", "protocol": 6, "address": "[::]:0"},
+            facts={"family": "inet6", "type": "stream", "protocol": 6},
             unlike=("socket-tcp", "socket-udp6"),
         ),
         Specimen(
             name="socket-udp6",
             kind="socket",
             make=_mapped_udp6,
-            facts={"family": "inet6", "type": "dgram", "protocol": 17, "connected": 1},
+            facts={"family": "inet6", "type": "dgram", "protocol": 17},
             use=_leave_inet6,
             unlike=("socket-udp", "socket-tcp6"),
         ),
     ]
 
+
+@contextmanager
+def _notified() -> Generator[int]:
+    """A netlink socket that has a port and is in a group."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.bind((0x7FFF_0000 | os.getpid() & 0xFFFF, 1))
+        yield sock.fileno()
+
+
+def _leave_group(fd: int) -> None:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(_SOL_NETLINK, 2, 1)  # NETLINK_DROP_MEMBERSHIP, RTNLGRP_LINK
+
+
+def _follow_lo(fd: int) -> None:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.bind(("lo", 3))
+
+
+_SOL_NETLINK: Final = 270
+_OTHER_FAMILIES: Final = (
+    Specimen(
+        name="socket-netlink",
+        kind="socket",
+        make=_socket(socket.AF_NETLINK, socket.SOCK_RAW),
+        facts={"family": "netlink", "type": "raw", "protocol": 0, "listening": 0, "port": 0, "groups": 0},
+        unlike=("socket-unix-dgram", "socket-netlink-audit"),
+    ),
+    Specimen(
+        name="socket-netlink-notified",
+        kind="socket",
+        make=_notified,
+        facts={"port": 0x7FFF_0000 | os.getpid() & 0xFFFF, "groups": 1},
+        use=_leave_group,
+    ),
+    Specimen(
+        name="socket-netlink-audit",
+        kind="socket",
+        make=making(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 16).detach()),
+        facts={"protocol": 16},
+        unlike=("socket-netlink",),
+    ),
+    Specimen(
+        name="socket-vsock",
+        kind="socket",
+        make=_socket(40, socket.SOCK_STREAM),
+        facts={"family": "vsock", "type": "stream", "protocol": 0, "listening": 0},
+        unlike=("socket-tcp",),
+    ),
+    Specimen(
+        name="socket-packet",
+        kind="socket",
+        make=_socket(socket.AF_PACKET, socket.SOCK_RAW),
+        facts={"family": "packet", "type": "raw", "interface": 0},
+        use=_follow_lo,
+        unlike=("socket-netlink",),
+    ),
+)
 
 SOCKETS: Final = (
     Specimen(
@@ -401,7 +395,7 @@ SOCKETS: Final = (
         name="socket-tcp",
         kind="socket",
         make=_socket(socket.AF_INET, socket.SOCK_STREAM),
-        facts={"family": "inet", "type": "stream", "protocol": 6, "listening": 0, "connected": 0, "address": "0.0.0.0:0"},
+        facts={"family": "inet", "type": "stream", "protocol": 6, "listening": 0},
         use=_listen,
         unlike=("socket-udp", "socket-unix-stream"),
     ),
@@ -409,11 +403,11 @@ SOCKETS: Final = (
         name="socket-tcp-listening",
         kind="socket",
         make=_listening_tcp,
-        facts={"listening": 1, "connected": 0},
+        facts={"listening": 1},
         use=_shut_down,
         unlike=("socket-udp",),
     ),
-    Specimen(name="socket-tcp-connected", kind="socket", make=_connected_tcp, facts={"listening": 0, "connected": 1}, use=_shut_down),
+    Specimen(name="socket-tcp-connected", kind="socket", make=_connected_tcp, facts={"listening": 0}, use=_shut_down),
     Specimen(
         name="socket-udp",
         kind="socket",
@@ -422,11 +416,15 @@ SOCKETS: Final = (
         unlike=("socket-tcp",),
     ),
     *_inet6(),
+    *filter(lambda specimen: available(specimen.make), _OTHER_FAMILIES),
 )
 
-SPECIMENS: Final = (*MEMFDS, *EVENTFDS, *PIPES, *SOCKETS)
+SPECIMENS: Final = (*MEMFDS, *EVENTFDS, *PIPES, *SOCKETS, *vmm.SPECIMENS)
 
 # ---- refused
+
+_XDP: Final = 44
+"""AF_XDP."""
 
 
 def _file(folder: str | None = None, name: bytes = b"file", *, flags: int = 0, unlink: bool = False) -> Maker:
@@ -470,11 +468,6 @@ def _symlink() -> Generator[int]:
             yield fd.fileno()
 
 
-def _timerfd() -> int:
-    fd: int = ctypes.CDLL(None).timerfd_create(1, os.O_CLOEXEC)
-    return fd
-
-
 def _epoll() -> int:
     with select.epoll() as epoll:
         return os.dup(epoll.fileno())
@@ -487,22 +480,28 @@ REFUSED: Final = (
     # F_GET_SEALS works there, and so it does not tell a memfd.
     Refused(name="tmpfs-file", make=_file("/dev/shm"), words=("/dev/shm/", "a regular file", "its path")),
     Refused(name="tmpfs-file-like-a-memfd", make=_file("/dev/shm", b"memfd:name", unlink=True), words=("a regular file",)),
-    Refused(name="directory", make=_making(lambda: os.open("/", os.O_RDONLY | os.O_CLOEXEC)), words=("a directory", "by its path")),
+    Refused(name="directory", make=making(lambda: os.open("/", os.O_RDONLY | os.O_CLOEXEC)), words=("a directory", "by its path")),
     Refused(name="directory-far-away", make=_far_away, words=("a directory", "by its path")),
-    Refused(name="null", make=_making(lambda: os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)), words=("/dev/null", "a character device")),
+    Refused(name="null", make=making(lambda: os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)), words=("/dev/null", "a character device")),
     Refused(name="fifo", make=_fifo, words=("/fifo", "a named FIFO", "by its path")),
     Refused(name="symlink", make=_symlink, words=("O_PATH",)),
-    Refused(name="epoll", make=_making(_epoll), words=("an epoll", "make a new one and add")),
-    Refused(name="timerfd", make=_making(_timerfd), words=("a timerfd", "make a new one")),
-    Refused(name="pidfd", make=_making(lambda: os.pidfd_open(os.getpid())), words=("a pidfd", "by the pid")),
-    Refused(name="network-namespace", make=_making(lambda: os.open("/proc/self/ns/net", os.O_CLOEXEC)), words=("a network namespace",)),
-    Refused(
-        name="netlink",
-        make=_socket(socket.AF_NETLINK, socket.SOCK_RAW),
-        words=("a socket of address family 16", "unix, inet, inet6"),
+    Refused(name="epoll", make=making(_epoll), words=("an epoll", "make a new one and add")),
+    Refused(name="network-namespace", make=making(lambda: os.open("/proc/self/ns/net", os.O_CLOEXEC)), words=("a network namespace",)),
+    *(
+        refused
+        for refused in (
+            Refused(
+                name="socket-alg",
+                make=_socket(socket.AF_ALG, socket.SOCK_SEQPACKET),
+                words=(f"a socket of address family {int(socket.AF_ALG)}", "unix, inet, inet6"),
+            ),
+            Refused(name="socket-xdp", make=_socket(_XDP, socket.SOCK_RAW), words=(f"a socket of address family {_XDP}",)),
+        )
+        if available(refused.make)
     ),
+    *vmm.REFUSED,
     *(
         Refused(name=f"{specimen.name}-place", make=reopened(specimen.make, os.O_PATH), words=("O_PATH", "preserve the fd"))
-        for specimen in (MEMFDS[0], EVENTFDS[0], PIPES[0], SOCKETS[0])
+        for specimen in {specimen.kind: specimen for specimen in SPECIMENS}.values()
     ),
 )

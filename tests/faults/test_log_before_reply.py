@@ -30,8 +30,7 @@ STEP_S = 1.0
 def filling(
     daemon: Daemon, folder: Path, *faults: str, at: str = "before-send:copied", program: str = ""
 ) -> Generator[tuple[Callable[[], None], Future[Upgraded]]]:
-    """A luod of generation 2 that is held while it fills its successor (`program`). Yields what lets it go on, and the answer to
-    `upgrade`."""
+    """A luod of generation 2 that is held while it fills its successor (`program`). Yields what lets it go on, and the answer."""
     held = Faulty(folder, ",".join([f"{at}=wait", *faults]))
     daemon.upgrade(held.program)
     with meanwhile(lambda: ask_upgrade(daemon.runtime_dir, program)) as upgraded:

@@ -167,18 +167,13 @@ def _pipe_end() -> OwnedFd:
     return read
 
 
-def _netlink() -> OwnedFd:
-    return OwnedFd(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).detach())
-
-
 KINDS: Final[Mapping[str, Callable[[], OwnedFd]]] = {
     "a file": lambda: _opened(__file__, os.O_RDONLY),
     "a directory": lambda: _opened("/", os.O_RDONLY),
     "a device": lambda: _opened("/dev/null", os.O_RDWR),
     "a file of /proc": lambda: _opened("/proc/self/stat", os.O_RDONLY),
     "an epoll": lambda: OwnedFd(_epoll()),
-    "a pidfd": lambda: OwnedFd(os.pidfd_open(os.getpid())),
-    "a netlink socket": _netlink,
+    "a network namespace": lambda: _opened("/proc/self/ns/net", os.O_RDONLY),
     "the place of a memfd": lambda: _place_of(memfd),
     "the place of a pipe": lambda: _place_of(_pipe_end),
     "the place of a file": lambda: _opened(__file__, os.O_PATH),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,85 +15,18 @@ from luod_protocol import messages as m
 from luod_protocol.fds import close_all
 from luod_protocol.messages import Endpoint
 from processes import PYTHON
+from puppets import ask, everybody_may_connect, puppet_of, refused
 from raw import HELLO, SESSION_ID, STATUS, Raw
 from things import eventfd, let_go, pipe, preserve_pipe, state
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting as several uids takes root")
 
 
-def _puppet(talk: Talk, where: str) -> None:
-    import os
-
-    import luod_client
-
-    def preserve(name: str, owner: int | None = None) -> bytes:
-        with luod_client.serialize(name, owner=owner, runtime_dir=where) as session:
-            read, write = os.pipe()
-            session.preserve({"pipe": write})
-            os.close(read)
-            os.close(write)
-            session.finalize()
-            return session.id
-
-    def act(verb: str, arguments: dict[str, Any]) -> object:
-        if verb == "preserve":
-            return preserve(**arguments)
-        if verb == "finalize":
-            return luod_client.finalize_again(**arguments, runtime_dir=where).session_id
-        if verb in ("upgrade", "status"):
-            with luod_client.control(runtime_dir=where) as control:
-                return control.upgrade().generation if verb == "upgrade" else control.status().generation
-        with luod_client.deserialize(runtime_dir=where) as looker:
-            if verb == "list":
-                return [(each.session, each.owner) for each in looker.list(**arguments)]
-            if verb == "show":
-                return looker.show(**arguments).info.owner
-            if verb == "claim":
-                with looker.claim(**arguments) as claim:
-                    claim.retrieve("pipe")["pipe"].close()
-                    return claim.finish().session_id
-            return getattr(looker, verb)(**arguments).session_id
-
-    while True:
-        verb, arguments = talk.hear()
-        try:
-            talk.tell(("done", act(verb, arguments)))
-        except luod_client.Refusal as refusal:
-            talk.tell((refusal.code.value, refusal.message))
-
-
-def ask(puppet: Client, verb: str, **arguments: Any) -> Any:
-    """Have a puppet do something, which must succeed. Returns what it got."""
-    puppet.tell((verb, arguments))
-    code, value = puppet.hear()
-    assert code == "done", value
-    return value
-
-
-def refused(puppet: Client, code: Code, verb: str, **arguments: Any) -> str:
-    """Have a puppet do something, which must be refused. Returns the text."""
-    puppet.tell((verb, arguments))
-    got, value = puppet.hear()
-    assert got == code.value, (got, value)
-    return str(value)
-
-
-@contextmanager
-def everybody_may_connect(daemon: Daemon, *endpoints: str) -> Generator[None]:
-    """What a group would do, for users without one."""
-    for endpoint in endpoints:
-        os.chmod(f"{daemon.runtime_dir}/{endpoint}", 0o666)
-    yield
-
-
 @pytest.fixture
 def puppets(daemon: Daemon) -> Iterator[tuple[Client, Client]]:
     """Two users of a luod that root runs."""
-    with (
-        everybody_may_connect(daemon, "serialize", "deserialize"),
-        spawn_client(_puppet, daemon.runtime_dir, user=ALICE) as alice,
-        spawn_client(_puppet, daemon.runtime_dir, user=BOB) as bob,
-    ):
+    everybody_may_connect(daemon, "serialize", "deserialize")
+    with puppet_of(daemon, ALICE) as alice, puppet_of(daemon, BOB) as bob:
         yield alice, bob
 
 
@@ -154,14 +85,15 @@ def test_root_acts_for_others(daemon: Daemon, puppets: tuple[Client, Client]) ->
 
 
 def test_sockets_are_closed_to_others(daemon: Daemon) -> None:
-    with spawn_client(_puppet, daemon.runtime_dir, user=ALICE) as alice:
+    with puppet_of(daemon, ALICE) as alice:
         for verb in ("preserve", "list", "status"):
             arguments = {"name": "guest"} if verb == "preserve" else {}
             assert "Permission denied" in refused(alice, Code.NOT_PERMITTED, verb, **arguments)
 
 
 def test_control_is_closed_to_others_whatever_the_mode_of_its_socket(daemon: Daemon) -> None:
-    with everybody_may_connect(daemon, "control"), spawn_client(_puppet, daemon.runtime_dir, user=ALICE) as alice:
+    everybody_may_connect(daemon, "control")
+    with puppet_of(daemon, ALICE) as alice:
         for verb in ("status", "upgrade"):
             assert f"not for uid {ALICE.uid}" in refused(alice, Code.NOT_PERMITTED, verb)
     assert daemon.status().generation == 1
@@ -192,13 +124,13 @@ def _use_given(talk: Talk, number: int) -> None:
 
 
 def test_an_ordinary_users_luod_with_upgrades() -> None:
-    with Daemon(user=ALICE) as daemon, spawn_client(_puppet, daemon.runtime_dir, user=ALICE) as alice:
+    with Daemon(user=ALICE) as daemon, puppet_of(daemon, ALICE) as alice:
         hers = ask(alice, "preserve", name="guest")
         for generation in (2, 3):
             assert ask(alice, "upgrade") == generation
             assert daemon.status().generation == generation
             assert ask(alice, "list") == [("guest", ALICE.uid)]
-        with spawn_client(_puppet, daemon.runtime_dir, user=BOB) as bob:
+        with puppet_of(daemon, BOB) as bob:
             refused(bob, Code.NOT_PERMITTED, "list")
         assert ask(alice, "claim", session="guest") == hers
 

@@ -14,6 +14,7 @@ import pytest
 
 import luod_client
 from harness import ALICE, BOB, Daemon, Talk, User, spawn_client
+from processes import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +124,8 @@ def test_a_daemon_is_started_upgraded_and_ended(daemon: Daemon) -> None:
     assert daemon.status().generation == 2
     daemon.takeover()
     assert daemon.status().generation == 3
-    assert len(re.findall("serves", daemon.stderr)) == 3
+    # It says so after it has served who waited.
+    until(lambda: len(re.findall("serves", daemon.stderr)) == 3, "all three have said that they serve")
 
 
 def test_a_preserved_session_is_one_descriptor(daemon: Daemon) -> None:

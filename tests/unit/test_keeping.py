@@ -10,19 +10,21 @@ import pytest
 import trio
 import trio.testing
 
-from luod import verify
-from luod.notify import Manager
+from luod import manifest
+from luod.notify import SUPERVISOR, Manager, ManagerInfo
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
 from luod.succession.adoption import adopt
 from luod.succession.keeping import Keeper
 from luod.succession.ledger import LedgerFault
 from luod.survival import Survives
 from luod.system import Process
+from luod_protocol import box as boxes
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import close_all, duplicate
 from standin_manager import StandinManager, standin_manager
+from things import same_file
 from unit.test_adoption import BOOT, ID, stored_box
 
 
@@ -67,6 +69,13 @@ async def test_kept_retrieved_and_forgotten() -> None:
         assert "b0" not in there.names
         assert next_luod(there) == ([], [ended("one")], {})
         assert keeper.others == ("luod-ledger-5",)
+
+
+async def test_a_successor_that_may_have_served_counts() -> None:
+    async with keeping() as (there, keeper, _):
+        for _ in range(2):  # the second after a failed upgrade
+            keeper.note_successor()
+            assert adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT).generation == 6
 
 
 async def test_a_unit_without_a_store_is_found_out_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +127,7 @@ async def test_a_successor_that_the_manager_does_not_know_ends_nothing(caplog: p
             await keeper.keep(one.fileno())
             there.listens = False
             store = Store()
-            store.add(Session.adopted(verify.boxed(one.fileno(), BOOT), duplicate(one.fileno()), (), stored="b0"))
+            store.add(Session.adopted(manifest.decode(boxes.manifest_of(one.fileno())), duplicate(one.fileno()), (), stored="b0"))
             successor = Keeper(manager=Manager(there.info), generation=6, store=store)
             try:
                 await successor.begin(others=keeper.others, leaving=keeper.others, is_main=False)
@@ -251,4 +260,37 @@ async def test_names_are_short_and_used_again() -> None:
         await following.begin(others=["b4", *there.names], leaving=(), is_main=True)
         with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
             assert [await following.keep(each.fileno()) for each in (one, two, three)] == ["b2", "b3", "b5"]
+        following.close()
+
+
+async def test_a_supervisor_that_was_killed_keeps_nothing_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    info = ManagerInfo(name=SUPERVISOR, address="/nowhere/notify")
+    keeper = Keeper(manager=Manager(info), generation=1, store=Store())
+    keeper.ready.set()
+    with stored_box("one") as (_, box):
+        assert await keeper.keep(box.fileno()) == ""
+        await keeper.forget(ended("one"), box.fileno(), "b0")
+    assert "was killed; start luod under a new one" in keeper.outlook().reasons[Survives.DAEMON_CRASH]
+    assert caplog.text.count("will not survive a crash of luod any more") == 1
+    keeper.close()
+
+
+async def test_what_is_opaque_is_stored_and_what_was_opaque_is_a_session_now() -> None:
+    async with keeping() as (there, _, store):
+        following = Keeper(manager=Manager(there.info), generation=6, store=store)
+        following.inherit(["b1", "b2"])
+        assert set(following.others) == {"b1", "b2"}, "a successor may come before it has begun"
+        with stored_box("one") as (_, one), stored_box("two") as (_, two), stored_box("three") as (_, three):
+            read = manifest.decode(boxes.manifest_of(one.fileno()))
+            store.add(Session.adopted(read, one, (), stored="b1"))
+            store.opaque = [Opaque(box=two, stored="b2"), Opaque(box=three, stored="")]
+            store.note_retrieval(b"somebody's", Process(pid=1, start=2))
+            await following.begin(others=["b1", "b2"], leaving=(), is_main=True)
+            assert set(following.others) == {"b2", "b0", "luod-ledger-6"}
+            assert store.opaque[1].stored == "b0"
+            assert same_file(there.fd("b0"), three.fileno())
+            assert following.count == 4
+            found = adopt([(name, duplicate(fd.fileno())) for name, fd in there.stored], BOOT)
+            assert found.retrieved == {b"somebody's": {Process(pid=1, start=2)}}
+            close_all(session.take_fds()[0] for session in found.sessions)
         following.close()

@@ -1,4 +1,4 @@
-"""An upgrade that fails: the old daemon serves on when its successor can't come to serve any more, and what is finished is gone there too."""
+"""An upgrade that fails: the old daemon serves on when its successor can't come to serve, and what is finished is gone there too."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from luod.succession.old_table import OldState
 from luod.system import System
 from luod_protocol import box
 from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import WIRE
 
 NEVER_S = 3600.0
@@ -61,8 +62,18 @@ class Server:
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         return ()
 
-    def wire_versions(self) -> set[int]:
-        return set()
+    @property
+    def bound(self) -> tuple[Endpoint, ...]:
+        return ()
+
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        return ()
+
+    def tell_monitors(self, event: str, detail: str) -> None:
+        pass
+
+    def note_successor(self) -> None:
+        pass
 
     def stored_others(self) -> tuple[str, ...]:
         return ()

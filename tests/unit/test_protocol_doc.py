@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import re
 import socket
 import struct
@@ -19,10 +20,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import attrs
 import pytest
 
+from conformance.recorded import RECORDED, RecordedProbe
+from conformance.specimens import SPECIMENS
 from luod.checks import SEALS as SEAL_NAMES
 from luod.connection import HELLO_S, MAX_IN_FLIGHT, UNREAD_S
-from luod.handlers import kinds, recognize
+from luod.handlers import kinds
 from luod.handlers.base import Probe
+from luod.handlers.recognizer import Recognizer
 from luod.store import MAX_REMEMBERED
 from luod.survival import Survives
 from luod_protocol import errors, limits, records
@@ -31,7 +35,6 @@ from luod_protocol.codec import REPLIES, REQUESTS, bulk_size, unpack
 from luod_protocol.connection import REPLY_TO, TABLE, TAKEOVER_FDS, State
 from luod_protocol.sealed import SEALS
 from luod_protocol.version import WIRE
-from things import eventfd, memfd, pipe, unix_pair
 
 DOC = Path(__file__).parents[2] / "docs" / "protocol.md"
 REQUEST_CLASSES: tuple[type[m.Request], ...] = get_args(m.Request)
@@ -353,13 +356,20 @@ def check_words(text: str) -> None:
 def check_kinds(text: str) -> None:
     table = rows(section(text, "Kinds"))
     assert {ticked(row["kind"])[0]: ticked(row["compatible"])[0] for row in table} == kinds()
-    left, right = unix_pair()
-    with memfd() as ram, eventfd() as event, pipe() as (read, _), left, right:
-        for fd in (ram, event, read, left):
-            probe = Probe(fd.fileno())
-            handler = recognize(probe)
-            facts = next(row["facts"] for row in table if row["kind"] == f"`{handler.kind}`")
-            assert [ticked(fact)[0] for fact in facts.split("; ")] == list(handler.record(probe))
+    recorded = {record.kind: handler_facts(RecordedProbe(record)) for record in RECORDED}
+    for specimen in reversed(SPECIMENS):  # so that the first of a kind has the last word
+        with specimen.make() as fd:
+            recorded[specimen.kind] = handler_facts(Probe(fd))
+    with open(os.devnull, "rb") as device:
+        recorded["file"] = handler_facts(Probe(device.fileno()))
+    assert set(recorded) == set(kinds())
+    for row in table:
+        facts = [ticked(fact)[0] for fact in row["facts"].split("; ") if fact]
+        assert facts == recorded[ticked(row["kind"])[0]], row["kind"]
+
+
+def handler_facts(probe: Probe) -> list[str]:
+    return list(Recognizer(kinds=kinds(), files=[os.devnull]).recognize(probe).record(probe))
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 
 from luod_client.commands import output
+from luod_client.commands.replaced import watching
 from luod_client.session import control, deserialize
 from luod_protocol.errors import Code, Refusal
 
@@ -40,8 +42,12 @@ def _tell(args: argparse.Namespace, session_id: bytes, what: str) -> None:
 def upgrade(args: argparse.Namespace) -> None:
     """Replace luod."""
     program = os.path.abspath(args.program) if args.program else ""
-    with control(runtime_dir=args.runtime_dir) as connection:
-        upgraded = connection.upgrade(program)
+    with ExitStack() as stack:
+        gone = stack.enter_context(watching(args.of)) if args.of else None
+        with control(runtime_dir=args.runtime_dir) as connection:
+            upgraded = connection.upgrade(program)
+        if gone is not None:
+            gone()
     if args.json:
         output.write_json(upgraded)
     else:

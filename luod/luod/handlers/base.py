@@ -11,8 +11,10 @@ Unhappy paths:
 2. The fd isn't what was recorded: `Mismatch`.
 
 Invariants: exactly one handler recognizes a fd; `verify(probe, record(probe))` never raises while the object stays as it is; contents may
-change between the two (their owners are alive), what `record` says of the object's nature may not. `verify` checks nothing that whoever
-has a copy of the fd can change: a client could stop an upgrade with it. No question to the kernel waits for another process.
+change between the two (their owners are alive), what `record` says of the object's nature may not. `recognize` and `verify` check nothing
+that whoever has a copy of the fd can change: a client could stop an upgrade with it. No question to the kernel waits for another process;
+`luod.handlers.kernel` has those that do. Nothing is read from, written to, or ended by looking: a tty, a queue, a device stays as it is.
+All that a handler asks goes through the `Probe`, except of sockets and memfds; so a recorded one tells a handler what a fd did.
 """
 
 from __future__ import annotations
@@ -21,13 +23,18 @@ import fcntl
 import functools
 import os
 import stat
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
+from typing import ClassVar, Final, Protocol
 
+from luod.handlers import devices
 from luod.handlers.kernel import printable, stat_of
 from luod.manifest import Identity
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd
 from luod_protocol.records import Fact
+
+_ACCESS: Final[Mapping[int, str]] = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw", os.O_ACCMODE: "none"}
+"""The last is for open(2) with neither; the kernel gives such a fd."""
 
 
 class Mismatch(LuodError):
@@ -48,13 +55,18 @@ class Probe:
 
     @property
     def identity(self) -> Identity:
-        """The kernel object."""
-        return Identity(device=self.stat.st_dev, inode=self.stat.st_ino)
+        """The kernel object; of a device its number, for the server of a FUSE mount can change the inode number of a file that is open."""
+        return Identity(device=self.stat.st_dev, inode=self.stat.st_rdev if self.type == stat.S_IFCHR else self.stat.st_ino)
 
     @functools.cached_property
     def flags(self) -> int:
         """The file status flags, F_GETFL of fcntl(2)."""
         return fcntl.fcntl(self.fd, fcntl.F_GETFL)
+
+    @property
+    def access(self) -> str:
+        """What it is open for: r, w, rw or none."""
+        return _ACCESS[self.flags & os.O_ACCMODE]
 
     @property
     def opened(self) -> bool:
@@ -74,15 +86,34 @@ class Probe:
 
     @functools.cached_property
     def info(self) -> dict[str, str]:
-        """The lines of /proc/self/fdinfo/N (proc(5)); of keys that repeat, the first."""
-        fields: dict[str, str] = {}
-        # Not `open`, which takes twice the time; the kinds that are asked fill less than a page.
+        """The lines of /proc/self/fdinfo/N (proc(5)), of its first page; of keys that repeat, the first.
+
+        Only for kinds that fill less than a page without waiting for anybody. Not for an inotify or an epoll (a line for each watch, and
+        the kernel writes all of them at once), a tun, or a BPF link (both wait for the lock of all network configuration).
+        """
+        # Not `open`, which takes twice the time.
         with OwnedFd(os.open(f"/proc/self/fdinfo/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)) as file:
-            text = os.read(file.fileno(), 4096).decode("ascii", "replace")
-        for line in text.splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-        return fields
+            text = os.read(file.fileno(), 4096)
+        return fields_of(text)
+
+    @functools.cached_property
+    def driver(self) -> str:
+        """Whose device it is, see `luod.handlers.devices.driver`; empty for everything but an open character device."""
+        return devices.driver(self.stat.st_rdev) if self.type == stat.S_IFCHR and self.opened else ""
+
+    @functools.cached_property
+    def sysfs(self) -> str:
+        """Where the device is in /sys/devices, for people, see `luod.handlers.devices.sysfs`. Never a proof of anything."""
+        return devices.sysfs(self.stat.st_rdev)
+
+
+def fields_of(info: bytes) -> dict[str, str]:
+    """The lines of a fdinfo: key to value."""
+    fields: dict[str, str] = {}
+    for line in info.decode("ascii", "backslashreplace").splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
 
 
 class Handler(Protocol):

@@ -21,9 +21,6 @@ from luod_protocol.fds import OwnedFd
 from luod_protocol.records import Fact
 from luod_protocol.sealed import memfd_device
 
-_ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw", os.O_ACCMODE: "none"}
-"""The last is for open(2) with neither; the kernel gives such a fd."""
-
 _SEALS: Final = {
     fcntl.F_SEAL_SEAL: "seal",
     fcntl.F_SEAL_SHRINK: "shrink",
@@ -66,7 +63,7 @@ class Memfd:
         return {
             "size": probe.stat.st_size,
             "seals": ",".join(name for bit, name in _SEALS.items() if seals & bit),
-            "access": _ACCESS[probe.flags & os.O_ACCMODE],
+            "access": probe.access,
             "huge_page_size": _huge_devices().get(probe.stat.st_dev, 0),
         }
 

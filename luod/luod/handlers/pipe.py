@@ -2,12 +2,12 @@
 
 An anonymous pipe is told from a FIFO of some file system by its device: all pipes live on one internal mount (fs/pipe.c).
 
-Preserved: the end, and with it what is in the pipe. While luod holds the write end, readers see no end of file.
+Preserved: the end, and with it what is in the pipe. While luod holds the write end, readers see no end of file. Its capacity is not told:
+F_GETPIPE_SZ waits for whoever reads or writes the pipe, see `luod.handlers.kernel`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import stat
@@ -38,11 +38,11 @@ class Pipe:
         return probe.type == stat.S_IFIFO and probe.stat.st_dev == _pipe_device() and probe.opened
 
     def record(self, probe: Probe) -> dict[str, Fact]:
-        """Which end it is, and the pipe's capacity in bytes."""
-        return {"end": _end(probe), "capacity": fcntl.fcntl(probe.fd, fcntl.F_GETPIPE_SZ)}
+        """Which end it is."""
+        return {"end": _end(probe)}
 
     def verify(self, probe: Probe, facts: dict[str, Fact]) -> None:
-        """It is the same end. The capacity is its owners' to change."""
+        """It is the same end."""
         if _end(probe) != facts.get("end"):
             raise Mismatch(f"the end of the pipe is {_end(probe)}, it was {facts.get('end')}")
 

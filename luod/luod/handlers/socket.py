@@ -1,25 +1,45 @@
-"""Sockets of the families unix, inet and inet6: listening, connected, or neither.
+"""Sockets of the families unix, inet, inet6, netlink, vsock and packet: listening, connected, or neither.
 
 Told by the file type; family, type and protocol are asked of the socket (socket(7): SO_DOMAIN, SO_TYPE, SO_PROTOCOL, SO_ACCEPTCONN).
 
 Preserved: the socket with its backlog, its buffers and its connection; peers notice nothing. Options stay. A path in the file system that a
 unix socket is bound to isn't the socket's: nobody must unlink it.
+
+By family, while luod has the socket:
+* netlink: it stays in its groups under its port id. Notifications fill its receive buffer, then are lost, and the first read says ENOBUFS:
+  the client must ask for the whole state again. Where the kernel waits for answers (NFQUEUE), nobody answers.
+* vsock: as inet. The guest's end of a connection to the host lives as long as the guest does.
+* packet: it goes on receiving, up to its buffer or ring; the ring is the socket's, and is mapped anew. Taken because a VMM may have one as
+  the other side of a network card, it can't be opened again without CAP_NET_RAW, and there is nothing in it that the others don't have. Not
+  taken: AF_XDP, whose packets are in the memory of the process that made it.
+
+Addresses are told only where the kernel tells them without waiting for the owners of the socket, see `luod.handlers.kernel`: not those of
+inet and vsock sockets.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import stat
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+import struct
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 from luod.handlers.base import Mismatch, Probe
-from luod.handlers.kernel import printable
+from luod.handlers.kernel import printable, socket_name, socket_option
 from luod_protocol.records import Fact
 
-FAMILIES: Final[Mapping[int, str]] = {socket.AF_UNIX: "unix", socket.AF_INET: "inet", socket.AF_INET6: "inet6"}
+_VSOCK: Final = 40
+"""AF_VSOCK, for which a Python may have been built without a name."""
+
+FAMILIES: Final[Mapping[int, str]] = {
+    socket.AF_UNIX: "unix",
+    socket.AF_INET: "inet",
+    socket.AF_INET6: "inet6",
+    socket.AF_NETLINK: "netlink",
+    socket.AF_PACKET: "packet",
+    _VSOCK: "vsock",
+}
 
 _TYPES: Final[Mapping[int, str]] = {
     socket.SOCK_STREAM: "stream",
@@ -30,7 +50,7 @@ _TYPES: Final[Mapping[int, str]] = {
 
 
 class Socket:
-    """Unix and inet sockets."""
+    """Sockets of these families."""
 
     kind: ClassVar[str] = "socket"
     compatible: ClassVar[str] = "socket-v1"
@@ -40,20 +60,20 @@ class Socket:
         return probe.type == stat.S_IFSOCK and probe.opened and family(probe.fd) in FAMILIES
 
     def record(self, probe: Probe) -> dict[str, Fact]:
-        """Family, type, protocol number, whether it listens and whether it is connected (1 or 0), and its local address as text."""
-        with _borrowed(probe.fd) as sock:
-            return {
-                **_nature(sock),
-                "listening": sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN),
-                "connected": int(_is_connected(sock)),
-                "address": _text(sock.getsockname()),
-            }
+        """Family, type, protocol number, and whether it listens (1 or 0).
+
+        Of a unix socket also whether it is connected (1 or 0) and its address as text, of a netlink socket its port id and its first 32
+        groups as a bit mask, of a packet socket the index of its interface (0: all).
+        """
+        return {
+            **_nature(probe.fd),
+            "listening": socket_option(probe.fd, socket.SO_ACCEPTCONN),
+            **_address(probe.fd),
+        }
 
     def verify(self, probe: Probe, facts: dict[str, Fact]) -> None:
         """Family, type and protocol are the same; whether it listens and where it is bound is its owners' to change."""
-        with _borrowed(probe.fd) as sock:
-            now = _nature(sock)
-        for fact, value in now.items():
+        for fact, value in _nature(probe.fd).items():
             before = facts.get(fact)
             if value != before and (fact, before, value) != _LEFT_INET6:
                 raise Mismatch(f"the socket's {fact} is {value}, it was {before}")
@@ -65,41 +85,42 @@ _LEFT_INET6: Final = ("family", "inet6", "inet")
 
 def family(fd: int) -> int:
     """The address family of a socket (borrowed)."""
-    with _borrowed(fd) as sock:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    return socket_option(fd, socket.SO_DOMAIN)
 
 
-@contextmanager
-def _borrowed(fd: int) -> Generator[socket.SocketType]:
-    # The plain C class and all four arguments: so the constructor is quick and asks the kernel next to nothing.
-    sock = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
-
-
-def _nature(sock: socket.SocketType) -> dict[str, Fact]:
-    domain, kind = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_DOMAIN, socket.SO_TYPE))
+def _nature(fd: int) -> dict[str, Fact]:
+    kind = socket_option(fd, socket.SO_TYPE)
     return {
-        "family": FAMILIES[domain],
+        "family": FAMILIES[family(fd)],
         "type": _TYPES.get(kind, str(kind)),
-        "protocol": sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL),
+        "protocol": socket_option(fd, socket.SO_PROTOCOL),
     }
 
 
-def _is_connected(sock: socket.SocketType) -> bool:
+def _address(fd: int) -> dict[str, Fact]:
+    match family(fd):
+        case socket.AF_UNIX:
+            return {"connected": int(_is_connected(fd)), "address": _path(socket_name(fd)[2:])}
+        case socket.AF_NETLINK:
+            port, groups = struct.unpack_from("=4xII", socket_name(fd))
+            return {"port": port, "groups": groups}
+        case socket.AF_PACKET:
+            (interface,) = struct.unpack_from("=4xi", socket_name(fd))
+            return {"interface": interface}
+        case _:
+            return {}
+
+
+def _is_connected(fd: int) -> bool:
     try:
-        sock.getpeername()
+        socket_name(fd, peer=True)
     except OSError:
         return False
     return True
 
 
-def _text(address: object) -> str:
-    if isinstance(address, bytes):
-        return "@" + printable(address[1:])
-    if isinstance(address, tuple):
-        host, port = str(address[0]), str(address[1])  # pyright: ignore[reportUnknownArgumentType]  # typeshed: getsockname() is Any
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return printable(os.fsencode(str(address)))
+def _path(path: bytes) -> str:
+    """What unix(7) calls sun_path: nothing, an abstract name after a NUL, or a path with a NUL behind it."""
+    if path.startswith(b"\0"):
+        return "@" + printable(path[1:])
+    return printable(path.partition(b"\0")[0])

@@ -14,6 +14,17 @@ from luod_protocol.errors import FaultCode, ProtocolFault
 from luod_protocol.fds import OwnedFd
 
 
+def decline(sock: socket.socket, reason: str) -> None:
+    """The last words of a successor that can't even begin: before it has an event loop.
+
+    Args:
+        sock: the handover socket, borrowed.
+        reason: for whoever asked for the upgrade.
+    """
+    with suppress(OSError):
+        wire.send(sock, CODEC.encode(Declined(reason=reason)), flags=socket.MSG_DONTWAIT)
+
+
 class Channel:
     """One end. Owns the socket.
 

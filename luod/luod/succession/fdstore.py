@@ -21,15 +21,13 @@ Invariants: one operation at a time, so that the witness speaks for one fd. A na
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from typing import Final
 
 import trio
 
-from luod.notify import Manager, ManagerFault, hung_up
+from luod.notify import Manager, ManagerFault, hung_up, pipe
 from luod_protocol.errors import LuodError
-from luod_protocol.fds import own
 
 WITNESS: Final = "luod-witness"
 SPARE: Final = 1
@@ -108,7 +106,7 @@ class FdStore:
         return True
 
     async def _witnessed(self) -> bool:
-        ours, theirs = own(os.pipe2(os.O_CLOEXEC))
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self._manager.tell("FDSTORE=1", f"FDNAME={WITNESS}", "FDPOLL=0", fds=[theirs.fileno()])

@@ -10,7 +10,8 @@ Unhappy paths:
 1. The unit has no store: `begin` finds out, `fault` says so; sessions survive what they would survive without a manager.
 2. The store is full: `keep` refuses, the session is open as before.
 3. The manager doesn't answer: refused, and undone behind it. A box whose removal isn't certain is put back.
-4. luod dies between the ledger's word that a session ends and its removal: the next one ends it. Nobody was told otherwise.
+4. The manager is gone: `fault` says so from then on, as in 1. What it held is gone with it.
+5. luod dies between the ledger's word that a session ends and its removal: the next one ends it. Nobody was told otherwise.
 
 Invariants: a session for which `finalized` was answered with `daemon-crash` is in the store; one that was answered with `finished` isn't.
 """
@@ -26,11 +27,11 @@ from typing import Final
 import trio
 
 from luod import survival
-from luod.notify import SYSTEMD, Manager, ManagerFault
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
 from luod.store import Ended, Store
 from luod.succession import ledger
 from luod.succession.fdstore import FdStore, NotKept
-from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.survival import Outlook
 from luod.system import Process
 from luod_protocol.errors import Code, Refusal
@@ -74,12 +75,14 @@ class Keeper:
     Attributes:
         ready: set when it is known whether anything can be kept.
         fault: why nothing can; empty when it can.
+        gone: whether the manager is gone.
     """
 
     def __init__(self, *, manager: Manager, generation: int, store: Store) -> None:
         self.manager: Final = manager
         self.ready = trio.Event()
         self.fault = ""
+        self.gone = False
         self._generation: Final = generation
         self._sessions: Final = store
         self._fds = FdStore(manager, ())
@@ -87,6 +90,7 @@ class Keeper:
         self._others: set[str] = set()
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
+        self._has_successor = False
 
     @property
     def count(self) -> int:
@@ -97,6 +101,10 @@ class Keeper:
     def others(self) -> tuple[str, ...]:
         """What is stored and is no session's box: for a successor."""
         return tuple(self._others)
+
+    def inherit(self, others: Collection[str]) -> None:
+        """Be told what is in the manager's store and is no session's box, before it is time to begin: a successor may come first."""
+        self._others = set(others)
 
     def outlook(self) -> Outlook:
         """What sessions survive with this manager."""
@@ -115,7 +123,8 @@ class Keeper:
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
         self._fds = FdStore(self.manager, stored.union(others), is_heard=is_main)
-        self._others = set(others)
+        # What was opaque to a predecessor may be a session now.
+        self._others = set(others) - stored
         try:
             await self._begin_ledger()
             for name in leaving:
@@ -124,6 +133,12 @@ class Keeper:
             for session in self._sessions:
                 if session.sealed is not None and not session.stored:
                     session.stored = await self._put(session.sealed.box.fileno())
+            for opaque in self._sessions.opaque:
+                if not opaque.stored:
+                    opaque.stored = await self._put(opaque.box.fileno())
+                    self._others.add(opaque.stored)
+        except ManagerGone as error:
+            self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
             if not stored:
                 self.fault = str(error)
@@ -142,6 +157,10 @@ class Keeper:
         yield from (Ending(ended=each) for each in (*self._sessions.all_ended, *self._leaving.values()))
         for session in self._sessions:
             yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
+        for session_id, processes in self._sessions.retrieved.items():
+            yield from (Retrieval(session_id=session_id, process=process) for process in processes)
+        if self._has_successor:
+            yield Successor(generation=self._generation + 1)
 
     async def _put(self, box: int) -> str:
         name = self._names.take()
@@ -166,6 +185,9 @@ class Keeper:
             return ""
         try:
             return await self._put(box)
+        except ManagerGone as error:
+            self.lose(error)
+            return ""
         except NotKept as error:
             why = f"the session can't be kept over a crash: {error}; it is still open. Finish or discard sessions, or raise the limit"
             raise Refusal(Code.LIMIT_REACHED, why) from None
@@ -191,11 +213,19 @@ class Keeper:
             if stored:
                 await self._fds.remove(stored)
                 self._names.give_back(stored)
+        except ManagerGone as error:
+            self.lose(error)
         except ManagerFault as error:
             await self._stay(ended.session_id, box, stored)
             raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
         finally:
             del self._leaving[ended.session_id]
+
+    def lose(self, error: ManagerGone) -> None:
+        """Go on without the manager, which is gone."""
+        if not self.gone:
+            log.error("sessions will not survive a crash of luod any more: %s", error)
+        self.gone, self.fault = True, str(error)
 
     async def _stay(self, session_id: bytes, box: int, stored: str) -> None:
         try:
@@ -213,6 +243,14 @@ class Keeper:
         if not self.ready.is_set():
             await self.ready.wait()
         self._write(Retrieval(session_id=session_id, process=process))
+
+    def note_successor(self) -> None:
+        """Write down that a successor may serve from now on. If it dies before its own ledger is kept, the next luod counts on from it."""
+        self._has_successor = True
+        try:
+            self._write(Successor(generation=self._generation + 1))
+        except Refusal as error:
+            log.error("after a crash two luods may count as generation %d: %s", self._generation + 1, error)
 
     def _write(self, record: Record) -> None:
         if self._ledger is None:

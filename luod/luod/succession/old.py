@@ -8,20 +8,22 @@ Happy path: `run` waits until this daemon's own predecessor is gone, meets the s
 when `serving` was read and the service manager, where there is one, knows the successor as the main process. The process then ends.
 
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
-waited for it in `tell` goes on.
+waited for it in `tell` goes on. A system call that fails, for a lack of memory or descriptors, ends the handover at once; but the queue is
+read to its end all the same, for a commit may lie in it.
 
-Invariants: only receives are cancelled by the freeze; no step waits for a client; each wait for the successor is bounded. A successor that
-failed is told so or killed before this daemon serves on: it never finds the socket's end alone while this daemon may still die.
+Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
+client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds
+the socket's end alone while this daemon may still die.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import trio
@@ -29,7 +31,7 @@ import trio
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.config import HandoverTable
 from luod.gate import Gate
-from luod.notify import ManagerFault, ManagerInfo
+from luod.notify import ManagerFault, ManagerGone, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
@@ -44,6 +46,7 @@ from luod.succession.messages import (
     LetGo,
     Meet,
     Offer,
+    OpaqueBox,
     OpenSession,
     Retrieved,
     Serving,
@@ -57,6 +60,7 @@ from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
 from luod_protocol.limits import MAX_FDS_PER_PACKET
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
 
 STAGED_PER_PACKET = MAX_FDS_PER_PACKET - 1
@@ -66,6 +70,9 @@ BUG = "luod has a bug in its handover and logged it"
 
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
+
+HEAR_AGAIN_S = 0.01
+"""How long until what could not be received is received again, in seconds."""
 
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
@@ -95,13 +102,20 @@ class Host(Protocol):
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
 
+    @property
+    def bound(self) -> tuple[Endpoint, ...]: ...
+
     def inheritance(self) -> tuple[tuple[str, ...], Sequence[int]]: ...
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]: ...
 
-    def wire_versions(self) -> set[int]: ...
+    def speakers(self) -> Iterable[tuple[int, int]]: ...
 
     def stored_others(self) -> tuple[str, ...]: ...
+
+    def tell_monitors(self, event: str, detail: str) -> None: ...
+
+    def note_successor(self) -> None: ...
 
     async def settled(self) -> None: ...
 
@@ -152,12 +166,17 @@ class OldSide:
             self._host.start_soon(self._listen)
             meet = await self._meet()
             await self._copy(self._offered)
+            # Once more, for clients went on, and open sessions and connections are not in the log.
+            self._refuse_what_it_can_not_carry(meet)
             await self._freeze()
             await self._commit()
             await self._release(meet.pid)
         except HandoverFailed as failure:
             reason = str(failure)
             raise
+        except OSError as error:
+            reason = f"luod can't hand over: {error.strerror}"
+            raise HandoverFailed(reason) from error
         except Exception as bug:
             reason = BUG
             log.exception(BUG)
@@ -191,15 +210,7 @@ class OldSide:
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
-        manifests = {session.sealed.manifest.version for session in self._host.store if session.sealed is not None}
-        missing = obstacles(
-            meet,
-            manifests=manifests,
-            wires=self._host.wire_versions(),
-            kinds={kind for session in self._host.store for kind in session.kinds},
-        )
-        if missing:
-            self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
+        self._refuse_what_it_can_not_carry(meet)
         self._step(OldEvent.ACCEPTED)
         self._logging = True
         self._offered = [session for session in self._host.store if session.sealed is not None]
@@ -207,10 +218,11 @@ class OldSide:
         offer = Offer(
             luod=RELEASE,
             pid=os.getpid(),
-            handover=VERSIONS.high,
+            handover=VERSIONS.common(meet.handover) or 0,
             generation=self._host.generation,
             directory=self._host.directory,
             endpoints=endpoints,
+            bound=self._host.bound,
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
         )
@@ -218,9 +230,19 @@ class OldSide:
             await self._send(offer, [*fds, pidfd.fileno()])
         return meet
 
+    def _refuse_what_it_can_not_carry(self, meet: Meet) -> None:
+        missing = obstacles(meet, sessions=self._host.store, speakers=self._host.speakers())
+        if missing:
+            self._fail(OldEvent.DECLINED, f"luod {meet.luod:.64} can't carry what is held here: {'; '.join(missing)}")
+
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
             await self._send_box(session, self._send)
+        for opaque in self._host.store.opaque:
+            await self._send(OpaqueBox(stored=opaque.stored), [opaque.box.fileno()])
+        for session_id, processes in self._host.store.retrieved.items():
+            for process in processes:
+                await self._send(Retrieved(session_id=session_id, process=process))
         await self._send(Copied())
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
@@ -228,6 +250,7 @@ class OldSide:
         self._step(event)
 
     async def _freeze(self) -> None:
+        self._host.tell_monitors("freezing", f"generation {self._host.generation}")
         # First the door, where nobody waits for an answer: less is left to be done in the pause.
         self._host.door.close()
         await self._host.door.still()
@@ -245,8 +268,10 @@ class OldSide:
         said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
             try:
-                with suppress(OSError):
+                try:
                     await self._send_live()
+                except OSError as error:
+                    self._unsent(error)
                 event, said = await self._events.receive()
             except Exception:
                 # Frozen: whatever it is, there is one way back.
@@ -266,6 +291,7 @@ class OldSide:
             raise HandoverFailed(f"after the freeze: {said}")
 
     async def _send_live(self) -> None:
+        self._host.note_successor()
         connections = 0
         for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
@@ -278,6 +304,7 @@ class OldSide:
                 since_us=self._since_us,
                 connections=connections,
                 sessions=len(self._host.store),
+                opaque=len(self._host.store.opaque),
                 stored_others=self._host.stored_others(),
             )
         )
@@ -305,7 +332,9 @@ class OldSide:
             try:
                 await self._host.announce(successor)
                 break
-            except ManagerFault as error:
+            except ManagerGone:
+                break
+            except (ManagerFault, OSError) as error:
                 log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
                 await trio.sleep(ANNOUNCE_AGAIN_S)
         self._step(OldEvent.CONFIRMED)
@@ -334,8 +363,10 @@ class OldSide:
                 continue
             except trio.TooSlowError:
                 self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
-            except (OSError, trio.ClosedResourceError):
-                pass  # the listener has heard of it too
+            except OSError as error:
+                self._unsent(error)
+            except trio.ClosedResourceError:
+                pass  # it is over
             await self._over.wait()
             return
 
@@ -366,9 +397,15 @@ class OldSide:
                 await self._channel.send(message, fds)
         except trio.TooSlowError:
             self._fail(OldEvent.LATE, f"the successor took nothing for {self._bounds.copy_s:g} s")
-        except OSError:
-            event, said = await self._events.receive()
+        except OSError as error:
+            self._unsent(error)
+            event, said = await self._next(self._bounds.copy_s, "the successor has closed its end, and its end did not come")
             self._fail(event, said)
+
+    def _unsent(self, error: OSError) -> None:
+        """A send has failed. When the successor has closed its end the listener hears of it, and of the reason; of all else it does not."""
+        if error.errno != errno.EPIPE:
+            self._post.send_nowait((OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}"))
 
     async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
         with trio.move_on_after(seconds):
@@ -392,6 +429,7 @@ class OldSide:
             self._deaf.set()
 
     async def _listen_to_end(self) -> None:
+        is_told = False
         while True:
             try:
                 received = await self._channel.receive()
@@ -399,9 +437,17 @@ class OldSide:
                 # Read on: a commit may lie behind it.
                 self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be understood: {error}"))
                 continue
-            except (OSError, trio.ClosedResourceError) as error:
-                self._post.send_nowait((OldEvent.LOST, f"the successor can't be heard: {error}"))
+            except trio.ClosedResourceError:
                 return
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    return  # closed: this attempt is over
+                # It isn't the end of the queue.
+                if not is_told:
+                    self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be heard: {error.strerror}"))
+                    is_told = True
+                await trio.sleep(HEAR_AGAIN_S)
+                continue
             if received is None:
                 self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
                 return

@@ -20,6 +20,9 @@ from luod_protocol.fds import OwnedFd
 SO_PEERPIDFD: Final = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5 and later."""
 
+LOOK_S: Final = 0.05
+"""How often a predecessor that takes long is looked at, in seconds."""
+
 KILLED_S: Final = 2.0
 """How long a killed process may take to be gone, in seconds. One that hangs in the kernel isn't waited for any longer."""
 
@@ -44,6 +47,36 @@ def kill(pidfd: int) -> None:
     """Kill the process of a borrowed pidfd, if it is there and may be killed."""
     with suppress(ProcessLookupError, PermissionError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+async def left(pidfd: int, patience_s: float) -> bool:
+    """Return when a predecessor (its pidfd, borrowed) is gone, or after `patience_s` seconds. Whether it is.
+
+    It is gone, too, when only threads are left that hang in the kernel, closing what a client sent. Before it ended it closed all but that
+    (`closing`); its pidfd would say so only when they end, which may be never.
+    """
+    with trio.move_on_after(patience_s):
+        while True:
+            with trio.move_on_after(LOOK_S):
+                await trio.lowlevel.wait_readable(pidfd)
+                return True
+            if _only_threads_are_left(pidfd):
+                return True
+    return False
+
+
+def _only_threads_are_left(pidfd: int) -> bool:
+    # The pid in a pidfd's fdinfo (proc(5)) is -1 when the process is reaped: no other can have it before.
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b")")[2].split()[0]
+        # The first descriptors are closed by nobody else: a process that was killed has them as long as one of its threads.
+        left = (os.listdir(f"/proc/{pid}/task/{thread}/fd") for thread in os.listdir(f"/proc/{pid}/task") if int(thread) != pid)
+        return state in (b"Z", b"X") and not any({"0", "1", "2"}.intersection(fds) for fds in left)
+    except (OSError, ValueError):
+        return False  # not to be seen: it has its time
 
 
 async def see_off(pidfd: int, patience_s: float) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
+from luod.interpreter import interpreter
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import OwnedFd
 
@@ -20,8 +20,7 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
     Raises:
         Refusal: it can't be started.
     """
-    # -P: never import from the folder that happens to be the current one.
-    command = [program] if program else [sys.executable, "-P", *_warnings(), "-m", "luod"]
+    command = [program] if program else [*interpreter(), "-m", "luod"]
     inherited = os.dup(handover)
     try:
         os.set_inheritable(inherited, True)
@@ -38,11 +37,3 @@ def spawn(program: str, options: Sequence[str], handover: int) -> OwnedFd:
         raise Refusal(Code.UPGRADE_FAILED, f"the successor {command[0]:.200} can't be started: {error.strerror}") from None
     finally:
         os.close(inherited)
-
-
-def _warnings() -> list[str]:
-    """The interpreter's -X dev and -W options, passed on as subprocess does."""
-    options = ["-X", "dev"] if sys.flags.dev_mode else []
-    for warning in sys.warnoptions:
-        options += ["-W", warning]
-    return options

@@ -1,0 +1,60 @@
+"""Which handler takes a fd, as far as the configuration allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from luod.handlers import handler_of, kinds, unknown
+from luod.handlers.base import Handler, Probe
+from luod.handlers.file import AllowedFiles, File
+from luod_protocol.errors import Code, Refusal
+
+
+class Recognizer:
+    """Made once from the configuration. It is asked when something is preserved, and at no other time: a successor that is stricter keeps
+    what it takes over.
+
+    Args:
+        kinds: the kinds that are taken.
+        files: paths that are taken as `file`, see `AllowedFiles`.
+    """
+
+    def __init__(self, *, kinds: Iterable[str], files: Iterable[str]) -> None:
+        self._files: Final = AllowedFiles(files)
+        self._allowed: Final = frozenset(kinds) - (frozenset() if self._files else {File.kind})
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Every kind that is taken and its handler's `compatible`."""
+        return {kind: compatible for kind, compatible in kinds().items() if kind in self._allowed}
+
+    def recognize(self, probe: Probe) -> Handler:
+        """The handler of the fd's kind.
+
+        Raises:
+            Refusal: kind-not-supported, with what it seems to be, and what to do or whom to ask.
+        """
+        handler = handler_of(probe)
+        if handler is None and File().recognize(probe):
+            return self._file(probe)
+        if handler is None:
+            raise unknown(probe)
+        if handler.kind not in self._allowed:
+            raise Refusal(
+                Code.KIND_NOT_SUPPORTED,
+                f"this fd is of kind {handler.kind}, which luod's configuration does not allow ([kinds]); whoever runs luod can change "
+                "that (`luoctl capabilities` lists the kinds that it allows)",
+            )
+        return handler
+
+    def _file(self, probe: Probe) -> Handler:
+        path = self._files.path_of(probe) if File.kind in self._allowed else None
+        if path is None:
+            refusal = unknown(probe)
+            raise Refusal(
+                refusal.code,
+                f"{refusal.message}. Of files and devices it takes those whose path its configuration allows ([files]), and this is none; "
+                "whoever runs luod can change that",
+            )
+        return File(path)
