@@ -52,7 +52,10 @@ class Handover(Moves):
                 self._step("sees that the successor is gone", self._over(world))
             else:
                 self._add(Kind.LATE, "daemon", "kills the successor, which did not leave", self._over(self._kill_new(world)))
-        if at in (At.MEET, At.VERIFY, At.STILL) or at in SENDING:
+        if at is At.STILL and self._scenario.crashes:
+            # _refuse_what_it_can_not_carry, for the second time, just before the gate is closed
+            self._add(Kind.CRASH, "daemon", "finds what the successor can't carry", self._fail(world, OldEvent.DECLINED))
+        if at in (At.MEET, At.VERIFY, At.BROKEN, At.STILL) or at in SENDING:
             self._add(Kind.LATE, "daemon", "the successor, or a request, is late", self._fail(world, OldEvent.LATE))
         elif at in (At.LIVE, At.DECIDE):
             self._add(Kind.LATE, "daemon", "the commit is late", self._turn_back(world, OldEvent.LATE))

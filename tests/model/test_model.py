@@ -153,7 +153,6 @@ def test_every_cell_of_the_tables_is_used_but_those_that_no_code_needs() -> None
         explore(rules, attrs.evolve(scenario, stages=(KEPT,), verbs=Verb.FINISH))
     assert {*old_table.TABLE, *new_table.TABLE} - used == {
         # old.py _freeze hears of nothing but its bound; what came meanwhile it takes when it is frozen.
-        (OldState.FREEZING, OldEvent.DECLINED),
         (OldState.FREEZING, OldEvent.LOST),
         # old.py run: a successor is told, or killed.
         (NewState.COPYING, NewEvent.LOST_ALIVE),
