@@ -69,4 +69,5 @@ def test_commands_in_stages_and_what_a_failing_one_leaves() -> None:
     command = ["sh", "-c", 'echo "stage $LAB_STAGE"; [ $LAB_STAGE = 1 ] || exit 7']
     run = in_vm(command, command, command, check=False)
     assert run.status == 7
+    assert run.trouble.startswith("in the lab, stage 2 ended with 7; ")
     assert run.said.splitlines() == ["stage 1", "stage 2"]

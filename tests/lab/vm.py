@@ -60,7 +60,8 @@ _SOURCES: Final = ("protocol", "luod", "client", "tests")
 _QEMU: Final = "qemu-system-x86_64"
 _PACKAGES: Final = {_QEMU: "qemu-system-x86", "busybox": "busybox-static", "cpio": "cpio", "setpriv": "util-linux"}
 """Commands, and the Debian packages that have them."""
-_APPEND: Final = "console=ttyS1 quiet panic=-1 kho=on liveupdate=on"
+_APPEND: Final = "console=ttyS1 quiet panic=-1 no_timer_check kho=on liveupdate=on"
+"""no_timer_check: on a busy machine the kernel finds that the timer doesn't work, and panics."""
 
 Stage: TypeAlias = Callable[[], object] | Sequence[str]
 
@@ -76,11 +77,13 @@ class Run(NamedTuple):
         status: of the last stage that ran: a command's exit status, 0 or 1 for a function; None when the machine ended without.
         said: what was printed inside.
         values: what each stage's function returned, None for a command.
+        trouble: why it isn't well, with the kernel's own words; empty when it is.
     """
 
     status: int | None
     said: str
     values: tuple[Any, ...]
+    trouble: str
 
 
 # ---- what is needed
@@ -152,16 +155,15 @@ def in_vm(
     with tempfile.TemporaryDirectory(prefix="luod-lab-") as temporary:
         folder = (shared or Path(temporary)).resolve()
         _lay_out(folder, stages)
-        said = _boot(folder, qemu, append, memory, limit_s, say)
+        said, ended = _boot(folder, qemu, append, memory, limit_s, say)
         status = int(text) if (text := _read(folder / "status")) else None
-        run = Run(status=status, said=said, values=tuple(_value(folder, number + 1) for number in range(len(stages))))
-        if check and status != 0:
-            how = (
-                f"the machine ended without a word, or had to be ended after {limit_s} s"
-                if status is None
-                else f"stage {_read(folder / 'stage').strip()} ended with {status}"
-            )
-            raise LabFault(f"in the lab, {how}; what was printed inside is above; the kernel said:\n{_read(folder / 'kernel.log')}")
+        trouble = ""
+        if status != 0:
+            trouble = f"{ended} without a word" if status is None else f"stage {_read(folder / 'stage').strip()} ended with {status}"
+            trouble = f"in the lab, {trouble}; the kernel said:\n{_read(folder / 'kernel.log')}"
+        run = Run(status=status, said=said, values=tuple(_value(folder, number + 1) for number in range(len(stages))), trouble=trouble)
+        if check and trouble:
+            raise LabFault(f"{trouble}\nWhat was printed inside:\n{said}")
     return run
 
 
@@ -247,8 +249,8 @@ exec {shlex.quote(str(shutil.which("busybox")))} poweroff -f
     )
 
 
-def _boot(folder: Path, qemu: Sequence[str], append: str, memory: str, limit_s: int, say: Callable[[str], object]) -> str:
-    """Start QEMU, pass on what is printed inside, and wait for its end."""
+def _boot(folder: Path, qemu: Sequence[str], append: str, memory: str, limit_s: int, say: Callable[[str], object]) -> tuple[str, str]:
+    """Start QEMU, pass on what is printed inside, and wait for its end. What was printed, and how QEMU ended."""
     (folder / "kernel.log").touch()
     command = [
         *("setpriv", "--pdeathsig", "KILL", "--", _QEMU),
@@ -262,13 +264,20 @@ def _boot(folder: Path, qemu: Sequence[str], append: str, memory: str, limit_s: 
     ]
     lines: list[str] = []
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    limit = threading.Timer(limit_s, process.kill)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    limit = threading.Timer(limit_s, end)
     limit.start()
     try:
         assert process.stdout is not None
         for raw in process.stdout:
             lines.append(raw.decode("utf-8", "backslashreplace").rstrip("\r\n"))
             say(lines[-1])
+        status = process.wait()
     finally:
         limit.cancel()
         limit.join()
@@ -276,7 +285,8 @@ def _boot(folder: Path, qemu: Sequence[str], append: str, memory: str, limit_s: 
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
-    return "".join(f"{line}\n" for line in lines)
+    how = f"had to be ended after {limit_s} s" if late.is_set() else f"ended with status {status}"
+    return "".join(f"{line}\n" for line in lines), f"QEMU {how}"
 
 
 # ---- as a command
@@ -319,6 +329,8 @@ def main() -> int:
         check=False,
         say=partial(print, flush=True),
     )
+    if run.status is None:
+        print(run.trouble, file=sys.stderr)
     return 125 if run.status is None else run.status
 
 
