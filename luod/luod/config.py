@@ -30,6 +30,7 @@ from luod_protocol.limits import MAX_NAME_BYTES, name_fault
 Count: TypeAlias = Annotated[int, "more than 0"]
 CountOrDefault: TypeAlias = Annotated[int, "0 or more"]
 Seconds: TypeAlias = Annotated[float, "more than 0"]
+SecondsOrNever: TypeAlias = Annotated[float, "0 or more seconds"]
 Kind: TypeAlias = Annotated[str, "kind"]
 PathPattern: TypeAlias = Annotated[str, "path pattern"]
 
@@ -58,11 +59,13 @@ class PerUidTable:
 
 @attrs.frozen(kw_only=True)
 class LimitsTable:
-    """[limits]: `max_preserved_fds` 0 means by privilege (see `capacity`)."""
+    """[limits]: `max_preserved_fds` 0 means by privilege (see `capacity`). `idle_open_s`: how long the client of an open session may do
+    nothing, in seconds; 0: for ever."""
 
     max_sessions: Count = 16_384
     max_connections: Count = 1_024
     max_preserved_fds: CountOrDefault = 0
+    idle_open_s: SecondsOrNever = 0.0
     per_uid: PerUidTable = attrs.field(factory=PerUidTable)
 
 
@@ -160,6 +163,14 @@ def _seconds(value: object) -> float:
     return seconds
 
 
+def _seconds_or_never(value: object) -> float:
+    seconds = number(value)
+    # nan is refused too.
+    if not seconds >= 0:
+        raise BadValue(value, "it must be 0 or more")
+    return seconds
+
+
 def _kind(value: object) -> str:
     kind = exactly(value, str, "text")
     if kind not in known_kinds():
@@ -208,6 +219,7 @@ _HOOKS: Final[Mapping[Any, Hook]] = {
     Count: _count,
     CountOrDefault: _count_or_default,
     Seconds: _seconds,
+    SecondsOrNever: _seconds_or_never,
     Kind: _kind,
     PathPattern: _path_pattern,
     NamePattern: _name_pattern,

@@ -13,7 +13,9 @@ Unhappy paths:
 4. The client doesn't take the fds it asked for: beyond `MAX_IN_FLIGHT` it gets no more until it has, as in 2. They count against luod's
    uid (unix(7), ETOOMANYREFS), so without a bound one client could keep all others from theirs. Should the count be used up by others
    all the same, or luod have no descriptor for a long reply, the send is tried again, as long as in 2.
-5. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
+5. The client of an open session does nothing: ended after `limits.idle_open_s` of the configuration, where that is set. After an upgrade
+   its time begins anew. An idle connection without a session, or with a claim, holds nothing of others and isn't ended.
+6. A request raises what it must not: logged with its trace, `fault` to this client, end; the others don't notice.
 
 Invariants: fds that came with a request are owned here until a verb takes them. A connection is ended with shutdown(2), for a copy of
 it may live elsewhere.
@@ -82,6 +84,7 @@ class Host(Protocol):
     custody: Custody
     capacity: Capacity
     closer: Closer
+    idle_open_s: float
     generation: int
 
     async def perform(self, pending: Pending) -> Outcome: ...
@@ -133,6 +136,8 @@ class Connection:
         self._host = host
         self._sock = trio.socket.from_stdlib_socket(sock)
         self._answered = trio.Event()
+        self._heard_at = trio.current_time()
+        """When the client's last request was done, or the connection began here: a failed upgrade gives no more time."""
 
     async def run(self) -> None:
         """Serve the client to the end of its connection."""
@@ -163,10 +168,11 @@ class Connection:
             if packet is None:
                 return
             await self._answer(packet)
+            self._heard_at = trio.current_time()
 
     async def _receive(self) -> wire.Packet | None:
         # Within the gate: no time-out may move anything while the daemon is frozen.
-        with trio.move_on_after(HELLO_S if self.protocol.state is State.NEW else float("inf")):
+        with trio.move_on_at(self._deadline()):
             # As trio's recvmsg does it: cancelled it has had no effect, and between two packets the others have their turn. Whether there
             # is room is asked right before each packet.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -180,7 +186,22 @@ class Connection:
                     return packet
                 await trio.lowlevel.wait_readable(self.raw)
                 waited = True
-        raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
+        if self.protocol.state is State.NEW:
+            raise ProtocolFault(FaultCode.TOO_SLOW, f"no hello within {HELLO_S:g} s")
+        raise ProtocolFault(
+            FaultCode.TOO_SLOW,
+            f"no request for {self._host.idle_open_s:g} s, after which limits.idle_open_s of luod's configuration ends an open session: "
+            "it is rolled back",
+        )
+
+    def _deadline(self) -> float:
+        match self.protocol.state:
+            case State.NEW:
+                return self._heard_at + HELLO_S
+            case State.OPEN if self._host.idle_open_s:
+                return self._heard_at + self._host.idle_open_s
+            case _:
+                return float("inf")
 
     async def _send(self, unread: Unread) -> None:
         with trio.move_on_after(UNREAD_S):

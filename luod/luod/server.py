@@ -32,6 +32,7 @@ from luod.config import Config
 from luod.connection import Connection, Unread
 from luod.custody import Client, Custody, Forgetting, Outcome, Pending, Storing, Working
 from luod.gate import Gate
+from luod.handlers.kernel import socket_name
 from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
@@ -126,6 +127,7 @@ class Server:
         self.generation = generation
         self.capacity = capacity
         self.started_at = system.now()
+        self.idle_open_s = config.limits.idle_open_s
         self.last_pause_us = 0
         self.bound: Final = tuple(bound)
         self.closer = Closer(nursery=nursery, threads=self.threads, most=capacity.closing_fds, exempt=(ROOT, system.uid))
@@ -140,7 +142,8 @@ class Server:
         )
         self.updates = Updates(host=self, opening=opening)
         self.custody.admit = self.updates.admit
-        recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow)
+        own = [socket_name(listener.fileno()) for listener in listeners.values()]
+        recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow, own=own)
         self.orchestrator = Orchestrator(self.custody, recognizer)
         self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
         if manager is not None:

@@ -121,7 +121,7 @@ def test_one_key_leaves_the_others(tmp_path: Path) -> None:
         ("limits = 3", "limits = 3: it must be a table"),
         (
             "[limits]\nmax_sesions = 3",
-            "limits.max_sesions: unknown key; there are max_sessions, max_connections, max_preserved_fds, per_uid",
+            "limits.max_sesions: unknown key; there are max_sessions, max_connections, max_preserved_fds, idle_open_s, per_uid",
         ),
         ("[limit]\nmax_sessions = 3", "limit: unknown key; there are limits, kinds, files, serialize, claim, handover"),
         ("[limits]\nmax_sessions = '3'", 'limits.max_sessions = "3": it must be an integer'),
@@ -131,6 +131,8 @@ def test_one_key_leaves_the_others(tmp_path: Path) -> None:
         ("[limits]\nmax_sessions = 0", "limits.max_sessions = 0: it must be more than 0"),
         ("[limits]\nmax_connections = -1", "limits.max_connections = -1: it must be more than 0"),
         ("[limits]\nmax_preserved_fds = -1", "limits.max_preserved_fds = -1: it must be 0 or more"),
+        ("[limits]\nidle_open_s = -1", "limits.idle_open_s = -1: it must be 0 or more"),
+        ("[limits]\nidle_open_s = nan", "limits.idle_open_s = nan: it must be 0 or more"),
         ("[limits]\nper_uid = 7", "limits.per_uid = 7: it must be a table"),
         *(
             (f"[limits.per_uid]\n{key} = -1", f"limits.per_uid.{key} = -1: it must be 0 or more")

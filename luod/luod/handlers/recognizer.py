@@ -8,6 +8,7 @@ from typing import Final
 from luod.handlers import handler_of, kinds, unknown
 from luod.handlers.base import Handler, Probe
 from luod.handlers.file import AllowedFiles, File
+from luod.handlers.socket import Socket, ends_at
 from luod_protocol.errors import Code, Refusal
 
 
@@ -18,9 +19,11 @@ class Recognizer:
     Args:
         kinds: the kinds that are taken.
         files: paths that are taken as `file`, see `AllowedFiles`.
+        own: the addresses (struct sockaddr) of luod's own sockets.
     """
 
-    def __init__(self, *, kinds: Iterable[str], files: Iterable[str]) -> None:
+    def __init__(self, *, kinds: Iterable[str], files: Iterable[str], own: Iterable[bytes] = ()) -> None:
+        self._own: Final = frozenset(own)
         self._files: Final = AllowedFiles(files)
         self._allowed: Final = frozenset(kinds) - (frozenset() if self._files else {File.kind})
 
@@ -40,6 +43,11 @@ class Recognizer:
             return self._file(probe)
         if handler is None:
             raise unknown(probe)
+        if isinstance(handler, Socket) and ends_at(probe.fd, self._own):
+            # Preserved with a session of its own it would never end, for luod would hold both ends.
+            raise Refusal(
+                Code.KIND_NOT_SUPPORTED, "this fd is a connection to luod itself, or a socket of luod's own: connect again instead"
+            )
         if handler.kind not in self._allowed:
             raise Refusal(
                 Code.KIND_NOT_SUPPORTED,

@@ -22,7 +22,7 @@ from __future__ import annotations
 import socket
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Final
 
 from luod.handlers.base import Mismatch, Probe
@@ -81,6 +81,17 @@ class Socket:
 
 _LEFT_INET6: Final = ("family", "inet6", "inet")
 """The one change of family that the owner of a socket can make: IPV6_ADDRFORM of ipv6(7)."""
+
+
+def ends_at(fd: int, addresses: Collection[bytes]) -> bool:
+    """Whether a unix socket (borrowed) has one of these addresses (struct sockaddr), or is connected to one that has: a listening socket,
+    what it accepted, and what connected to it."""
+    if not addresses or family(fd) != socket.AF_UNIX:
+        return False
+    names = [socket_name(fd)]
+    if _is_connected(fd):
+        names.append(socket_name(fd, peer=True))
+    return any(name in addresses for name in names)
 
 
 def family(fd: int) -> int:
