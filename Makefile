@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Twice the processors: many tests wait for processes more than they work.
 JOBS ?= $(shell expr 2 '*' `nproc`)
+LAB_JOBS ?= $(shell nproc)
 READY := $(VENV)/ready$(subst /,-,-$(PYTHON))
 BENCH := benchmarks/build/fdmove
 CFLAGS ?= -O2 -g
@@ -18,11 +19,21 @@ TARGETS ?= codec connection packet a_manifest a_box a_ledger notification
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test demo bench fuzz lint clean install-systemd $(CHECKS)
+.PHONY: test test-lab lab-kernel faults demo bench fuzz golden soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-lab: $(READY)-test  ## the tests that boot a kernel of their own, with live update, under QEMU
+	@$(BIN)/python tests/lab/vm.py --check
+	@$(BIN)/python -m pytest -m lab -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
+
+lab-kernel:  ## that kernel, from Debian's source, in the user's cache; where there is one already it is taken
+	@'$(PYTHON)' tests/lab/vm.py --kernel || tests/lab/build-kernel "$$('$(PYTHON)' tests/lab/vm.py --kernel-place)"
+
+faults: $(READY)-test  ## a fault of every kind at every step of a handover, under every manager; minutes
+	@PYTHONPATH=tests $(BIN)/python -P -m matrix --jobs $(JOBS) $(ARGS)
 
 demo: $(READY)-test  ## the whole story on this machine
 	@$(BIN)/luoctl demo $(ARGS)
@@ -32,6 +43,12 @@ bench: $(READY)-test $(BENCH)  ## numbers, beside a bare C program
 
 fuzz: $(READY)-fuzz  ## each target for FUZZ_S seconds under a fuzzer; what breaks one is kept in .fuzz
 	@for target in $(TARGETS); do echo "make: $$target"; PYTHONPATH=tests $(BIN)/python tests/fuzzing.py $$target $(FUZZ_S) || exit 1; done
+
+golden: $(READY)-test  ## the golden files of new versions; see tests/golden/make.py
+	@PYTHONPATH=tests $(BIN)/python -m golden.make $(ARGS)
+
+soak: $(READY)-test  ## whether anything is ever lost; ARGS='--seconds 600 --host supervised --seed 7'
+	@PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 lint: $(CHECKS)  ## every static check; -k goes on after one that fails
 

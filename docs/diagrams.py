@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luod import lifecycle
-from luod.succession import new_table, old_table
+from luod.succession import kernel_table, new_table, old_table
 from luod.supervisor import phases
 
 DOCUMENT = Path(__file__).parent.parent / "ARCHITECTURE.md"
@@ -24,6 +24,7 @@ TABLES: Mapping[str, tuple[Table, StrEnum]] = {
     "session": (lifecycle.TABLE, lifecycle.SessionState.OPEN),
     "old": (old_table.TABLE, old_table.OldState.SERVING),
     "new": (new_table.TABLE, new_table.NewState.STARTING),
+    "update": (kernel_table.TABLE, kernel_table.UpdateState.NORMAL),
     "supervisor": (phases.TABLE, phases.Phase.WAITING),
 }
 """Name, table, and the state in which a life begins."""

@@ -13,6 +13,7 @@ from leftovers import Watch, time_limit
 
 LIMIT_S = 60
 SLOW_LIMIT_S = 180
+LAB_LIMIT_S = 900
 _FAILED = pytest.StashKey[bool]()
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -23,12 +24,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only root can do; `pytest_report_collectionfinish` says so."""
-    if os.geteuid() != 0:
-        left_out = [item for item in items if item.get_closest_marker("root")]
-        items[:] = [item for item in items if item not in left_out]
-        config.stash[_LEFT_OUT] = len(left_out)
-        config.hook.pytest_deselected(items=left_out)
+    """Leave out what only root can do, `pytest_report_collectionfinish` says so; and the lab, unless -m names it."""
+    without = [*(["root"] if os.geteuid() != 0 else []), *(["lab"] if "lab" not in str(config.option.markexpr) else [])]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in without)]
+    items[:] = [item for item in items if item not in left_out]
+    config.stash[_LEFT_OUT] = sum(1 for item in left_out if item.get_closest_marker("root"))
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
@@ -53,7 +54,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves something behind, or that takes for ever."""
     watch = Watch()
-    with time_limit(SLOW_LIMIT_S if request.node.get_closest_marker("slow") else LIMIT_S):
+    limits = {"lab": LAB_LIMIT_S, "slow": SLOW_LIMIT_S}
+    with time_limit(max((limit for marker, limit in limits.items() if request.node.get_closest_marker(marker)), default=LIMIT_S)):
         yield
     left = watch.left_behind()
     if left:

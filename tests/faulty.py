@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,26 +77,31 @@ class Scene:
 
     Each session has the end to write of a pipe that nobody else has.
 
+    Args:
+        runtime_dir: where luod is.
+        finalized: the finalized sessions, in the order in which they are made.
+
     Attributes:
         ends: session -> the end to read.
     """
 
-    def __init__(self, runtime_dir: str) -> None:
+    def __init__(self, runtime_dir: str, finalized: Sequence[str] = ("first", "second", "claimed")) -> None:
         self.runtime_dir = runtime_dir
         self.ends: dict[str, OwnedFd] = {}
         self.shown: dict[str, tuple[EntryInfo, ...]] = {}
-        for name in ("first", "second", "claimed"):
+        for name in finalized:
             with luod_client.serialize(name, metadata=name.encode(), runtime_dir=runtime_dir) as session:
-                self._put(session)
+                self.put(session)
                 session.finalize(seal={"ram": {"grow"}})
         self.open = luod_client.serialize("open", runtime_dir=runtime_dir)
-        self._put(self.open)
+        self.put(self.open)
         self.looker = luod_client.deserialize(runtime_dir=runtime_dir)
-        for name in ("first", "second", "claimed"):
+        for name in finalized:
             self.shown[name] = self.looker.show(name).entries
         self.claim = self.looker.claim("claimed")
 
-    def _put(self, session: luod_client.Session) -> None:
+    def put(self, session: luod_client.Session) -> None:
+        """Preserve what each session has."""
         with memfd(f"content of {session.name}".encode()) as ram, pipe() as (read, write):
             session.preserve({"ram": ram.fileno(), "pipe": write.fileno()}, metadata={"ram": b"at 0"}, needs={"ram": ["pipe"]})
             self.ends[session.name] = OwnedFd(read.take())

@@ -18,7 +18,7 @@ from typing import Any, Final
 import attrs
 
 from luod import manifest
-from luod.manifest import ManifestFault, ManifestFromTheFuture
+from luod.manifest import ForeignManifest, ManifestFault
 from luod.succession import ledger, messages
 from luod.succession.ledger import LedgerFault
 from luod.supervisor import message
@@ -71,7 +71,7 @@ def packet(data: bytes) -> None:
 
 def a_manifest(data: bytes) -> None:
     """What a box says of its session."""
-    with suppress(ManifestFault, ManifestFromTheFuture):
+    with suppress(ManifestFault, ForeignManifest):
         manifest.decode(data)
 
 

@@ -12,9 +12,11 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -37,6 +39,7 @@ from processes import until as until
 
 _SERVES: Final = re.compile(r"^luod \S+ \(pid (\d+), generation (\d+)\) serves (.*)$", re.MULTILINE)
 _TROUBLE: Final = re.compile(r"Traceback|Warning|Exception ignored|Fatal Python error|never awaited")
+_ACTIVATED: Final = Path(__file__).parent / "standins" / "activated.py"
 _PIPE_BYTES: Final = 1024 * 1024
 """What luod can write before anybody reads it; the limit for ordinary users of fs.pipe-max-size."""
 
@@ -84,18 +87,31 @@ class Daemon:
         options: more of them for `luod`.
         user: as whom it runs; None: as the test does.
         dev: with Python's development mode and ResourceWarning as an error; off for benchmarks.
+        stored: what a service manager had in its store, by name, and passes to the first generation; borrowed.
+        env: variables for it.
 
     Attributes:
         baseline: open descriptors of the daemon at its start, with one control connection.
     """
 
-    def __init__(self, runtime_dir: str | None = None, *, options: Sequence[str] = (), user: User | None = None, dev: bool = True) -> None:
+    def __init__(
+        self,
+        runtime_dir: str | None = None,
+        *,
+        options: Sequence[str] = (),
+        user: User | None = None,
+        dev: bool = True,
+        stored: Mapping[str, int] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = folder_for(user) if runtime_dir is None else None
         self.runtime_dir = self._folder.__enter__() if self._folder is not None else str(runtime_dir)
         self.baseline = 0
         self._python = PYTHON if dev else PLAIN_PYTHON
         self._options = tuple(options)
         self._user = user
+        self._stored = stored or {}
+        self._env = env
         self._generations: dict[int, _Generation] = {}
         self._current = 0
         self._expected_end = False
@@ -111,7 +127,8 @@ class Daemon:
     def __enter__(self) -> Self:
         try:
             self._launch()
-            self.baseline = self.status().open_fds
+            status = self.status()
+            self.baseline = status.open_fds - status.sessions_preserved - status.sessions_opaque
         except BaseException:
             self._remove()
             raise
@@ -120,7 +137,16 @@ class Daemon:
     def _launch(self, *options: str) -> _Generation:
         seen = len(_SERVES.findall(self.stderr))
         command = [*self._python, "-m", "luod", "--runtime-dir", self.runtime_dir, *self._options, *options]
-        popen = start(command, self._user, stdout=subprocess.DEVNULL, stderr=self._stderr_in.fileno())
+        if self._stored and not self._generations:
+            command = [sys.executable, str(_ACTIVATED), ",".join(f"{name}={fd}" for name, fd in self._stored.items()), *command]
+        popen = start(
+            command,
+            self._user,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr_in.fileno(),
+            pass_fds=list(self._stored.values()),
+            env=None if self._env is None else {**os.environ, **self._env},
+        )
         generation = self._generations[popen.pid] = _Generation(popen.pid, popen)
         deadline = time.monotonic() + LIMIT_S
         while len(_SERVES.findall(self.stderr)) == seen:
@@ -213,7 +239,7 @@ class Daemon:
     def _is_idle(self) -> bool:
         status = self.status()
         busy = status.sessions_open or status.sessions_claimed or status.staged_fds or status.connections != 1
-        return not busy and status.open_fds == self.baseline + status.sessions_preserved
+        return not busy and status.open_fds == self.baseline + status.sessions_preserved + status.sessions_opaque
 
     def _what_is_held(self) -> str:
         folder = f"/proc/{self._current}/fd"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Final
+
+import pytest
 
 KVM: Final = "/dev/kvm"
 
@@ -20,3 +23,13 @@ def kvm_is_there() -> bool:
 def kvm_is_for_everybody() -> bool:
     """Whether any user can open KVM."""
     return os.path.exists(KVM) and os.stat(KVM).st_mode & 0o006 == 0o006
+
+
+def need_program(name: str, package: str) -> None:
+    """Leave the test out when this program isn't installed; where CI=true nothing is left out, and it fails."""
+    if shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is not None:
+        return
+    why = f"{name} is not installed: on Debian, apt-get install {package}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(why, pytrace=False)
+    pytest.skip(why)

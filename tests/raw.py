@@ -42,12 +42,13 @@ class Raw:
         runtime_dir: where luod is.
         endpoint: with what to connect.
         greet: say hello first.
+        limit_s: how long it waits for luod, in seconds.
     """
 
-    def __init__(self, runtime_dir: str, endpoint: Endpoint = Endpoint.SERIALIZE, *, greet: bool = True) -> None:
+    def __init__(self, runtime_dir: str, endpoint: Endpoint = Endpoint.SERIALIZE, *, greet: bool = True, limit_s: float = LIMIT_S) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self.sock.settimeout(LIMIT_S)
+            self.sock.settimeout(limit_s)
             self.sock.connect(f"{runtime_dir}/{endpoint}")
             if greet:
                 assert isinstance(self.ask(HELLO), m.Welcome)

@@ -78,6 +78,7 @@ def status(seq: int) -> m.DaemonStatus:
         manager="",
         stored_fds=0,
         store_limit=0,
+        sessions_opaque=0,
     )
 
 

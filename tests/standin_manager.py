@@ -53,7 +53,11 @@ class StandinManager:
             await self.goes_on.wait()
             data, ancillary, _, _ = await self._sock.recvmsg(4096, socket.CMSG_SPACE(253 * 4), socket.MSG_CMSG_CLOEXEC)
             fds = own(memoryview(ancillary[0][2]).cast("i")) if ancillary else []
-            await self.goes_on.wait()
+            try:
+                await self.goes_on.wait()
+            except trio.Cancelled:
+                close_all(fds)
+                raise
             self._take(dict(line.split("=", 1) for line in data.decode().splitlines()), fds)
 
     def _take(self, fields: dict[str, str], fds: list[OwnedFd]) -> None:

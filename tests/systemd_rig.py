@@ -379,7 +379,7 @@ class Manager:
         """The main process of a unit, as this process knows it, to signal it."""
         inner = self.show(unit, "MainPID")["MainPID"]
         assert inner != "0", f"{unit} has no main process: {self.said(unit)}{self.log}"
-        found = [pid for pid in self.pids(unit) if _pid_inside(pid) == inner]
+        found = [pid for pid in self.pids(unit) if pid_inside(pid) == inner]
         assert found, f"the main process {inner} of {unit} isn't there: {self.said(unit)}{self.log}"
         return found[0]
 
@@ -400,7 +400,8 @@ class Manager:
         return (self.folder / "log" / "systemd").read_text("utf-8", "backslashreplace")
 
 
-def _pid_inside(pid: int) -> str:
+def pid_inside(pid: int) -> str:
+    """What a process is called in the innermost namespace that it is in."""
     # proc_pid_status(5): NSpid has the pids from ours to the innermost namespace's.
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(line.split()[-1] for line in lines if line.startswith("NSpid:"))
@@ -409,7 +410,7 @@ def _pid_inside(pid: int) -> str:
 def _reap_inside() -> None:
     """Reap what ended in a PID namespace below ours and has become our child (`adopt_orphans`): its PID 1 can't end before."""
     for pid in child_pids():
-        if _pid_inside(pid) != str(pid):
+        if pid_inside(pid) != str(pid):
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 

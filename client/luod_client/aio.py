@@ -10,6 +10,7 @@ back, a claim released; after `finalize` and `finish`, `show` by id tells. Cance
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, closing
 from typing import Final, Self, TypeVar
@@ -56,6 +57,27 @@ class _Link:
                 except BaseException:
                     self.close()
                     raise
+
+    async def notice(self) -> m.Notice | None:
+        """The next notice; requests go first, and what comes with their answers counts."""
+        while not self.talk.has_notice:
+            if self._sock.fileno() == -1:
+                return None
+            try:
+                await trio.lowlevel.wait_readable(self._sock)
+            except trio.ClosedResourceError:
+                return None
+            async with self._turn:
+                # A request's answer is what came, and its task has read it.
+                if not self.talk.has_notice and self._sock.fileno() != -1 and not self._is_readable():
+                    continue
+            break
+        return await self.run(self.talk.notice())
+
+    def _is_readable(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     async def _drive(self, steps: Steps[T]) -> T:
         try:
@@ -120,6 +142,10 @@ class Connection:
         """The kinds of fds that this daemon takes, and what a finalized session survives."""
         return await self._run(self._talk.capabilities())
 
+    async def update(self) -> m.UpdateStatus:
+        """How an update of the kernel is going, or went."""
+        return await self._run(self._talk.update())
+
     def close(self) -> None:
         """End the connection: an open session is rolled back, a claim released. Does nothing the second time."""
         self._link.close()
@@ -150,6 +176,11 @@ class Session(Connection):
     async def finalize(self, *, require: Iterable[str] = (), seal: Mapping[str, Iterable[str]] | None = None) -> m.Finalized:
         """Give the session into luod's custody, see `luod_client.Session.finalize`."""
         return await self._run(self._talk.finalize(self.id, require, seal or {}))
+
+    async def notice(self) -> m.Notice | None:
+        """The next notice, see `luod_client.Session.notice`. Other tasks can go on with the session meanwhile; cancelled: nothing is
+        lost."""
+        return await self._link.notice()
 
     async def cancel(self) -> None:
         """Drop the session; luod has closed its duplicates when this returns."""
@@ -230,6 +261,22 @@ class Control(_Looker):
         """Have luod replaced by a fresh one, see `luod_client.Control.upgrade`. Cancelled: the upgrade goes on."""
         return await self._run(self._talk.upgrade(program))
 
+    async def preflight(self) -> m.PreflightReport:
+        """What an update of the kernel would carry, see `luod_client.Control.preflight`."""
+        return await self._run(self._talk.preflight())
+
+    async def prepare(self, *, deadline_s: float, leave_behind: Iterable[str] = (), force: bool = False) -> m.UpdateStatus:
+        """Begin to prepare for an update of the kernel, see `luod_client.Control.prepare`."""
+        return await self._run(self._talk.prepare(deadline_s, leave_behind, force))
+
+    async def freeze(self) -> m.UpdateStatus:
+        """Have nothing change until this connection ends, see `luod_client.Control.freeze`."""
+        return await self._run(self._talk.freeze())
+
+    async def cancel_update(self, reason: str = "") -> m.UpdateStatus:
+        """Have a prepared update undone, see `luod_client.Control.cancel_update`."""
+        return await self._run(self._talk.cancel_update(reason))
+
     async def monitor(self) -> Events:
         """What happens from now on. The connection takes no other request after this."""
         await self._run(self._talk.monitor())
@@ -260,12 +307,13 @@ async def serialize(
     metadata: bytes = b"",
     session_id: bytes | None = None,
     owner: int | None = None,
+    notices: bool = False,
     runtime_dir: str | None = None,
 ) -> AsyncGenerator[Session, None]:
     """An open session for a block, see `luod_client.serialize`; without `finalize` it is rolled back at the end of the block."""
     with closing(await _connect(Endpoint.SERIALIZE, runtime_dir)) as link:
         session = Session(link, name, os.urandom(SESSION_ID_BYTES) if session_id is None else session_id)
-        await link.run(link.talk.open(name, session.id, metadata, owner))
+        await link.run(link.talk.open(name, session.id, metadata, owner, notices))
         yield session
 
 

@@ -24,6 +24,8 @@ NO_DAEMON: Final = 3
 INTERRUPTED: Final = 130
 """As a shell reports a command that SIGINT ended."""
 
+MAX_DEADLINE_S: Final = 86_400
+
 _EPILOG: Final = """\
 exit status: 0 done, 1 refused (the reason is on stderr), 2 usage, 3 no daemon.
 
@@ -55,6 +57,16 @@ def _pid(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is no pid")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MAX_DEADLINE_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to {MAX_DEADLINE_S}")
+    return value
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -92,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"luoctl {RELEASE}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    root = commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: str, text: str, **more: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[common], help=text, description=text.capitalize() + ".", **more)
@@ -154,6 +166,31 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="luod's process: wait for its end too, and give up when it ends and no successor answers (for service managers)",
     )
+
+    def going(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--deadline", type=_seconds, default=10.0, metavar="S", help="how long open sessions are waited for (default: 10)")
+        sub.add_argument("--leave-behind", action="append", default=[], metavar="SESSION", help="may end with this kernel; by name or id")
+        sub.add_argument("--force", action="store_true", help="whatever can't travel may end with this kernel")
+
+    going(command("prepare", "update:prepare", "prepare for another kernel: preserve all sessions in this one"))
+    sub = command("cancel", "update:cancel", "give a prepared update up, and go on as before")
+    sub.add_argument("--reason", default="", metavar="TEXT", help="for whoever asks later")
+    kexec = commands.add_parser(
+        "kexec", help="go to another kernel with all sessions", description="Go to another kernel with all sessions."
+    )
+    commands = kexec.add_subparsers(dest="action", metavar="ACTION", required=True)
+    sub = command("load", "update:load", "load a kernel")
+    sub.add_argument("--kernel", required=True, metavar="PATH", help="its image")
+    sub.add_argument("--initrd", metavar="PATH", help="its initial ram disk")
+    sub.add_argument("--reuse-cmdline", action="store_true", help="the command line of the running kernel")
+    sub.add_argument("--cmdline", default="", metavar="TEXT", help="the command line, or more of it")
+    sub.add_argument("--force", action="store_true", help="also with a command line that switches live updates off")
+    sub = command("run", "update:run", "check, prepare, and reboot into the loaded kernel")
+    going(sub)
+    sub.add_argument("--dry-run", action="store_true", help="only say what would happen")
+    sub.add_argument("--now", action="store_true", help="reboot at once, without stopping services")
+    command("status", "update:status", "show how an update is going, or went")
+    commands = root
     command("demo", "", "show the whole story on this machine, in seconds", add_help=False)
     return parser
 

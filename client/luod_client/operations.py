@@ -96,6 +96,7 @@ class Conversation:
         self._line = ClientConnection(endpoint)
         self._packet_bytes = MAX_PACKET_BYTES
         self._packet_fds = MAX_FDS_PER_PACKET
+        self._notices: deque[m.Notice] = deque()
 
     def _send(self, request: m.Request, fds: Sequence[int] = ()) -> Steps[None]:
         if self._line.state is State.ENDED:
@@ -116,6 +117,14 @@ class Conversation:
             raise
 
     def _receive(self) -> Steps[tuple[m.Reply, list[OwnedFd]]]:
+        """The next message that isn't a notice, with its fds."""
+        while True:
+            reply, fds = yield from self._next()
+            if not isinstance(reply, m.Notice):
+                return reply, fds
+            self._notices.append(reply)
+
+    def _next(self) -> Steps[tuple[m.Reply, list[OwnedFd]]]:
         try:
             packet = yield None
         except OSError as error:
@@ -191,11 +200,11 @@ class Conversation:
         """Ask what the daemon takes."""
         return (yield from self._ask(m.Capabilities(seq=self._line.next_seq()), m.DaemonCapabilities))
 
-    def open(self, session: str, session_id: bytes, metadata: bytes, owner: int | None) -> Steps[m.Opened]:
+    def open(self, session: str, session_id: bytes, metadata: bytes, owner: int | None, notices: bool) -> Steps[m.Opened]:
         """The first exchange of a connection and its session, in one round trip."""
         yield from self._send(self._greet())
         yield from self._send(
-            m.Open(seq=self._line.next_seq(), session=session, session_id=session_id, metadata=metadata, owner=owner),
+            m.Open(seq=self._line.next_seq(), session=session, session_id=session_id, metadata=metadata, owner=owner, notices=notices),
         )
         yield from self._welcomed()
         opened, _ = yield from self._answer(m.Opened)
@@ -294,6 +303,45 @@ class Conversation:
     def upgrade(self, program: str) -> Steps[m.Upgraded]:
         """Have luod replaced by a fresh one."""
         return (yield from self._ask(m.Upgrade(seq=self._line.next_seq(), program=program), m.Upgraded))
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether a notice has come that was not asked for yet."""
+        return bool(self._notices)
+
+    def notice(self) -> Steps[m.Notice | None]:
+        """The next notice, None when luod has ended the connection."""
+        while not self._notices:
+            try:
+                came, fds = yield from self._next()
+            except Disconnected:
+                return None
+            if not isinstance(came, m.Notice):
+                close_all(fds)
+                raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"{came.type} came where only a notice may")
+            self._notices.append(came)
+        return self._notices.popleft()
+
+    def update(self) -> Steps[m.UpdateStatus]:
+        """Ask how an update of the kernel is going."""
+        return (yield from self._ask(m.Update(seq=self._line.next_seq()), m.UpdateStatus))
+
+    def preflight(self) -> Steps[m.PreflightReport]:
+        """Ask what an update would carry."""
+        return (yield from self._ask(m.Preflight(seq=self._line.next_seq()), m.PreflightReport))
+
+    def prepare(self, deadline_s: float, leave_behind: Iterable[str], force: bool) -> Steps[m.UpdateStatus]:
+        """Have luod prepare for an update."""
+        request = m.Prepare(seq=self._line.next_seq(), deadline_s=deadline_s, leave_behind=tuple(leave_behind), force=force)
+        return (yield from self._ask(request, m.UpdateStatus))
+
+    def freeze(self) -> Steps[m.UpdateStatus]:
+        """Have nothing change any more."""
+        return (yield from self._ask(m.Freeze(seq=self._line.next_seq()), m.UpdateStatus))
+
+    def cancel_update(self, reason: str) -> Steps[m.UpdateStatus]:
+        """Have an update undone."""
+        return (yield from self._ask(m.CancelUpdate(seq=self._line.next_seq(), reason=reason), m.UpdateStatus))
 
     def monitor(self) -> Steps[m.Monitoring]:
         """Ask for events; `event` gets them."""

@@ -92,6 +92,10 @@ class Connection:
         """The kinds of fds that this daemon takes, and what a finalized session survives."""
         return self._run(self._talk.capabilities())
 
+    def update(self) -> m.UpdateStatus:
+        """How an update of the kernel is going, or went."""
+        return self._run(self._talk.update())
+
     def close(self) -> None:
         """End the connection: an open session is rolled back, a claim released. Does nothing the second time."""
         self._link.close()
@@ -163,6 +167,22 @@ class Session(Connection):
             Disconnected: whether it happened is unknown: `show` by id, or `finalize_again`.
         """
         return self._run(self._talk.finalize(self.id, require, seal or {}))
+
+    def notice(self) -> m.Notice | None:
+        """Wait for the next notice that an update of the kernel is coming (`prepare`), or isn't any more (`cancelled`).
+
+        For a session that was opened with `notices`. It can be finalized until the notice's deadline, also with more entries; after that it
+        ends with the kernel. `fileno` becomes readable when there is one, unless `has_notice`.
+
+        Returns:
+            None when luod has ended the connection.
+        """
+        return self._run(self._talk.notice())
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether a notice came with the answer to a request, so that `notice` doesn't wait."""
+        return self._talk.has_notice
 
     def cancel(self) -> None:
         """Drop the session; luod has closed its duplicates when this returns."""
@@ -289,6 +309,39 @@ class Control(_Looker):
         """
         return self._run(self._talk.upgrade(program))
 
+    def preflight(self) -> m.PreflightReport:
+        """What an update of the kernel would carry now, and what not. Changes nothing."""
+        return self._run(self._talk.preflight())
+
+    def prepare(self, *, deadline_s: float, leave_behind: Iterable[str] = (), force: bool = False) -> m.UpdateStatus:
+        """Begin to prepare for an update of the kernel; `update` tells when all is prepared.
+
+        Args:
+            deadline_s: how long to wait for open sessions to be finalized, in seconds.
+            leave_behind: names, or ids in hexadecimal, of sessions that may end with this kernel.
+            force: all that can't travel may.
+
+        Raises:
+            Refusal: something can't travel, or nothing can; nothing was begun.
+        """
+        return self._run(self._talk.prepare(deadline_s, leave_behind, force))
+
+    def freeze(self) -> m.UpdateStatus:
+        """Have nothing change until this connection ends: for whoever reboots now.
+
+        Raises:
+            Refusal: `update-running`: not this moment, ask again.
+        """
+        return self._run(self._talk.freeze())
+
+    def cancel_update(self, reason: str = "") -> m.UpdateStatus:
+        """Have a prepared update undone; everything is as before when this returns.
+
+        Args:
+            reason: what `update` shall tell.
+        """
+        return self._run(self._talk.cancel_update(reason))
+
     def monitor(self) -> Iterator[m.Event]:
         """What happens from now on; ends when luod does. The connection takes no other request after this."""
         self._run(self._talk.monitor())
@@ -305,6 +358,7 @@ def serialize(
     metadata: bytes = b"",
     session_id: bytes | None = None,
     owner: int | None = None,
+    notices: bool = False,
     runtime_dir: str | None = None,
 ) -> Session:
     """Connect, and open a session. Use it as a context manager.
@@ -314,6 +368,7 @@ def serialize(
         metadata: kept with the session, at most 32 KiB.
         session_id: 16 bytes, unique for ever; None: random.
         owner: for root: the uid that shall own it.
+        notices: whether to be told of an update of the kernel while the session is open, see `Session.notice`.
         runtime_dir: where luod is; None: /run/luod for root, else $XDG_RUNTIME_DIR/luod.
 
     Raises:
@@ -323,7 +378,7 @@ def serialize(
     link = _Link(Endpoint.SERIALIZE, runtime_dir)
     session = Session(link, name, os.urandom(SESSION_ID_BYTES) if session_id is None else session_id)
     with _closed_on_error(link):
-        link.run(link.talk.open(name, session.id, metadata, owner))
+        link.run(link.talk.open(name, session.id, metadata, owner, notices))
     return session
 
 

@@ -36,10 +36,14 @@ from luod.rehearsal import rehearse
 from luod.server import Server
 from luod.succession.adoption import adopt
 from luod.succession.channel import Channel, decline
+from luod.succession.kernel import Arrival, unload
+from luod.succession.liveupdate import Device, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
+from luod.succession.opaque import tell
 from luod.supervisor import command as supervisor
 from luod.system import System
+from luod.updates import steps_us
 from luod_protocol import messages as m
 from luod_protocol import wire
 from luod_protocol.connection import ClientConnection, refusal
@@ -250,18 +254,44 @@ class _Start:
             lock.close()
             raise
         adopted = adopt(passed.stored, self.system.boot_id)
-        server = self._server(
-            directory, lock, {**passed.listeners, **bound}, generation=adopted.generation + 1, bound=bound, manager=manager
-        )
+        began_us = self.system.monotonic_us()
+        arrival = self._arrival()
+        generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
+        server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
             server.adopt_session(session)
+        for opaque in adopted.opaque:
+            server.adopt_opaque(opaque)
+        tell(adopted.opaque)
+        for session_id, processes in adopted.retrieved.items():
+            for process in processes:
+                server.note_retrieval(session_id, process)
         for ended in adopted.ended:
             server.remember(ended)
-        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving)
+        if arrival is not None:
+            for session in arrival.sessions:
+                server.adopt_session(session)
+            for ended in arrival.index.ended:
+                server.remember(ended)
+        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
+        if arrival is not None:
+            server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
+            came, lost = len(arrival.sessions), len(arrival.lost)
+            log.info("%d sessions came from the last kernel, %d were lost", came, lost)
+            for text in arrival.index.left_behind:
+                log.warning("%s ended with the last kernel: it was left behind", text)
         server.start()
         gc.collect()
         gc.freeze()
         return server
+
+    def _arrival(self) -> Arrival | None:
+        try:
+            return unload(Device.open, self.system.boot_id)
+        except LiveUpdateFault as error:
+            if not error.is_absent:
+                log.warning("whether the last kernel brought sessions can't be told: %s", error)
+            return None
 
     async def succeed(self, handover: socket.socket) -> Server:
         """Serve as the successor of the luod at the other end of `handover`."""
@@ -349,6 +379,9 @@ def _say_goodbye(server: Server) -> None:
     if held:
         names = ", ".join(repr(session.name) for session in held[:5])
         log.warning("ending with %d preserved sessions, which end with this luod: %s", len(held), names)
+    lost = sum(not opaque.stored for opaque in server.store.opaque)
+    if lost:
+        log.warning("ending with %d sessions that could not be shown here, which end with this luod", lost)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Host(Protocol):
 
     async def perform(self, pending: Pending) -> Outcome: ...
 
-    async def settle(self, changes: Sequence[Change], closing: Closing) -> None: ...
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = ...) -> None: ...
 
     def status(self, seq: int) -> m.DaemonStatus: ...
 
@@ -100,6 +100,8 @@ class Host(Protocol):
     def takeover(self, connection: Connection) -> OwnedFd: ...
 
     def left(self, connection: Connection) -> None: ...
+
+    async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply: ...
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -129,6 +131,7 @@ class Connection:
         self.upgrade_seq = -1
         """The `seq` of an upgrade request that is to be answered by whoever serves in the end, else -1."""
         self.lost_events = 0
+        self._notice: m.Notice | None = None
         self._in_flight = 0
         self._host = host
         self._sock = trio.socket.from_stdlib_socket(sock)
@@ -227,6 +230,8 @@ class Connection:
         self._in_flight += len(unread.fds)
         # Never the last reference: the client or the box has one.
         close_all(unread.fds)
+        if self._notice is not None:
+            self.tell(self._notice)
 
     async def _answer(self, packet: wire.Packet) -> None:
         try:
@@ -259,12 +264,14 @@ class Connection:
                     return None, ()
                 case m.Takeover():
                     return m.TakeoverOffered(seq=request.seq), [self._host.takeover(self)]
+                case m.Update() | m.Preflight() | m.Prepare() | m.Freeze() | m.CancelUpdate():
+                    return await self._host.update(request, self), ()
                 case _:
                     outcome = self._host.orchestrator.handle(self.client, request, packet.fds)
                     if isinstance(outcome, Pending):
                         outcome = await self._host.perform(outcome)
                     try:
-                        await self._host.settle(outcome.changes, outcome.closing)
+                        await self._host.settle(outcome.changes, outcome.closing, outcome.again)
                     except BaseException:
                         close_all(outcome.fds)
                         raise
@@ -323,6 +330,14 @@ class Connection:
             self.lost_events += 1
         else:
             self.lost_events = 0
+
+    def tell(self, notice: m.Notice) -> None:
+        """Send a notice, now or behind the reply that is on its way. A client whose socket is full isn't told before its next reply."""
+        self._notice = notice
+        if self.unread is None:
+            with suppress(OSError):
+                wire.send(self.raw, self.protocol.send(notice), flags=socket.MSG_DONTWAIT)
+                self._notice = None
 
     def forget(self) -> None:
         """Close it without a task having run: the client is told by the end of its connection."""

@@ -4,8 +4,8 @@ Theory. `Custody` holds the sessions; who may see which session, and how one end
 rules and `quota` the books of what is kept for whom. `serializing` and `deserializing` have the verbs, `orchestrator` finds the verb for a
 request.
 
-Invariants: every session in the store is charged in the quota, as it is now, and no other. A session belongs to one client while open or
-claimed. What a client may not see doesn't exist for it: `no-such-session`.
+Invariants: every session in the store is charged in the quota, as it is now, and no other; what can't be read here is nobody's and counted
+apart. A session belongs to one client while open or claimed. What a client may not see doesn't exist for it: `no-such-session`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from luod.lifecycle import SessionEvent, SessionState
 from luod.policy import ROOT, Peer, Policy
 from luod.quota import Quota
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
+from luod.succession.carriable import Carriable
+from luod.survival import Outlook
 from luod.system import Process, System
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
@@ -32,11 +34,12 @@ from luod_protocol.fds import OwnedFd
 
 @attrs.define(kw_only=True, eq=False)
 class Client:
-    """Who is at the other end of a connection, and the session that is tied to it."""
+    """Who is at the other end of a connection, and the session that is tied to it. `notices`: it asked to be told of updates."""
 
     peer: Peer
     process: Process
     session: Session | None = None
+    notices: bool = False
 
     @property
     def uid(self) -> int:
@@ -46,12 +49,16 @@ class Client:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent."""
+    """What a verb did: the reply, the fds to send with it, and what must be done before it is sent.
+
+    `again` is the id of a session of which the reply says again what was said before, or is just about to be said on another connection.
+    """
 
     reply: m.Reply
     fds: Sequence[OwnedFd] = ()
     changes: Sequence[Change] = ()
     closing: Closing = NOTHING
+    again: bytes = b""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,9 +113,11 @@ class Custody:
         generation: of this daemon.
         publish: called with an event's name, its session and a detail, for those who monitor.
         being_closed: how many fds wait to be closed.
+        carriable: what the kernel carries.
 
     Attributes:
-        outlook: what finalized sessions survive.
+        outlook: what finalized sessions survive, but for a kexec.
+        admit: raises a Refusal for a request that must wait for the end of an update.
     """
 
     def __init__(
@@ -119,9 +128,12 @@ class Custody:
         policy: Policy,
         generation: int,
         publish: Publish,
+        carriable: Carriable,
         being_closed: Callable[[], int] = int,
     ) -> None:
         self.outlook = survival.ALONE
+        self.admit: Callable[[m.Request], None] = _admit_all
+        self.carriable: Final = carriable
         self.store = Store()
         self.quota: Final = Quota(capacity.share, exempt=(ROOT, system.uid))
         self.system: Final = system
@@ -133,8 +145,8 @@ class Custody:
 
     @property
     def preserved_fds(self) -> int:
-        """Entries of all finalized sessions."""
-        return self.quota.total.preserved_fds
+        """Entries of all finalized sessions, those that can't be read here among them."""
+        return self.quota.total.preserved_fds + sum(opaque.fds for opaque in self.store.opaque)
 
     @property
     def staged_fds(self) -> int:
@@ -155,6 +167,15 @@ class Custody:
         """Take in a session from a succession: open, preserved or claimed."""
         self.store.add(session)
         self.quota.charge(session)
+        self.carriable.see_session(session)
+
+    def keep_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that can't be a session here, or not yet; owned from here on."""
+        self.store.opaque.append(opaque)
+
+    def give_opaque(self, opaque: Opaque) -> None:
+        """Move a box out again, to be adopted as a session or closed."""
+        self.store.opaque.remove(opaque)
 
     def drop(self, session_id: bytes) -> Closing:
         """Take out a session that was adopted from a predecessor, where it ended since. Returns what is to be closed."""
@@ -167,7 +188,19 @@ class Custody:
 
     def survived(self, session: Session) -> tuple[str, ...]:
         """What a finalized session survives."""
-        return self.outlook.survived(stored=bool(session.stored))
+        return self.outlook_of(session).survived(stored=bool(session.stored))
+
+    def outlook_of(self, session: Session) -> Outlook:
+        """What `session` survives once it is finalized, and why it doesn't survive the rest. It travels whole or not at all."""
+        return self.outlook.with_kernel(self.carriable.why_not(session.sorts))
+
+    def differing(self, session: Session) -> dict[str, tuple[str, ...]]:
+        """Entries that a session of their own would carry further than this one, which has others that the kernel refuses."""
+        refused = self.carriable.refused(session.sorts)
+        if not refused or self.carriable.fault:
+            return {}
+        survived = self.outlook.with_kernel("").survived(stored=bool(session.stored))
+        return {entry.name: survived for entry in session.contents if entry.sort not in refused}
 
     def count(self, state: SessionState) -> int:
         """How many sessions are in `state`."""
@@ -279,6 +312,10 @@ class Custody:
                 f"process {pids} has retrieved from session {session.name!r} and is alive, it may still use what it got: "
                 "end it first, or use force",
             )
+
+
+def _admit_all(_: m.Request) -> None:
+    """There is no update."""
 
 
 def own(client: Client) -> Session:

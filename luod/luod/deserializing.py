@@ -93,7 +93,7 @@ class Deserializing:
     def _finished_again(self, client: Client, request: m.Finish) -> Outcome:
         ended = self._custody.ended(client, request.session_id)
         if ended is not None and ended.finished:
-            return Outcome(reply=m.Finished(seq=request.seq, session_id=request.session_id))
+            return Outcome(reply=m.Finished(seq=request.seq, session_id=request.session_id), again=request.session_id)
         session = self._custody.store.by_id(request.session_id)
         if session is not None and self._custody.may_see(client, session):
             raise Refusal(Code.OUT_OF_ORDER, f"session {session.name!r} is {session.state} and not claimed here: claim it, then finish")

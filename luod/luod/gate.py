@@ -66,6 +66,11 @@ class Gate:
         finally:
             self._inside += 1
 
+    @property
+    def inside(self) -> int:
+        """How many tasks are at work."""
+        return self._inside
+
     def close(self) -> None:
         """Cancel all waits and let none begin."""
         self._is_open = trio.Event()

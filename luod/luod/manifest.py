@@ -4,7 +4,8 @@ It lies in the session's box beside the fds, entry N describing fd N. Whoever ha
 adopt it, and nothing that is kept elsewhere may be needed to understand it.
 
 Unhappy paths:
-1. A manifest of a newer version: `ManifestFromTheFuture`. The box is kept untouched and passed on, never dropped.
+1. A manifest of a version that isn't read here, a newer one as a rule: `ForeignManifest`. The box is kept untouched and passed on, never
+   dropped (succession/opaque).
 2. Bytes that are no manifest: `ManifestFault`.
 """
 
@@ -26,8 +27,8 @@ class ManifestFault(LuodError):
     """These bytes are no manifest."""
 
 
-class ManifestFromTheFuture(LuodError):
-    """A manifest of a version that this luod doesn't know."""
+class ForeignManifest(LuodError):
+    """A manifest of a version that this luod doesn't read."""
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +51,11 @@ class Entry:
     needs: tuple[str, ...]
     identity: Identity
     facts: dict[str, Fact]
+
+    @property
+    def sort(self) -> str:
+        """Its kind, or more than that where the kernel makes a difference in what it carries through a kexec."""
+        return f"{self.kind} of huge pages" if self.facts.get("huge_page_size") else self.kind
 
 
 @attrs.frozen(kw_only=True)
@@ -81,13 +87,13 @@ def decode(data: bytes) -> Manifest:
     """The manifest in `data`.
 
     Raises:
-        ManifestFromTheFuture: unhappy path 1.
+        ForeignManifest: unhappy path 1.
         ManifestFault: unhappy path 2.
     """
     try:
         version = as_map(unpack(data)).get("version")
-        if type(version) is int and version > VERSIONS.high:
-            raise ManifestFromTheFuture(f"a manifest of version {version}, this luod knows {VERSIONS}")
+        if type(version) is int and version not in VERSIONS:
+            raise ForeignManifest(f"a manifest of version {version}, this luod reads {VERSIONS}")
         return _CODEC.decode(data)
     except (ProtocolFault, TypeError) as error:
         raise ManifestFault(str(error)) from None

@@ -143,15 +143,15 @@ class Manager:
 
 
 def pipe() -> tuple[OwnedFd, OwnedFd]:
-    """A pipe's ends, to read and to write. The caller owns them.
+    """A pipe to see by when the manager lets go of the end to write, which is the second.
 
     Raises:
-        ManagerFault: luod has no descriptor left.
+        ManagerFault: luod has no descriptors for it.
     """
     try:
         read, write = own(os.pipe2(os.O_CLOEXEC))
     except OSError as error:
-        raise ManagerFault(f"luod can't make a pipe for the service manager: {error.strerror}") from None
+        raise ManagerFault(f"luod can't make a pipe to ask the service manager with: {error.strerror}") from None
     return read, write
 
 

@@ -49,8 +49,10 @@ class Orchestrator:
         Raises:
             Refusal: it is not granted; nothing changed.
         """
+        self._custody.admit(request)
         return self._verbs[type(request)](client, request, fds)
 
     def _capabilities(self, _: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
-        survives = {each.value: reason for each, reason in self._custody.outlook.reasons.items()}
+        outlook = self._custody.outlook.with_kernel(self._custody.carriable.fault)
+        survives = {each.value: reason for each, reason in outlook.reasons.items()}
         return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=self._kinds, survives=survives))

@@ -47,5 +47,5 @@ async def rehearse(server: Server) -> None:
         lost=0,
     )
     for _ in range(ROUNDS):
-        for message in (live, Frozen(since_us=0, connections=0, sessions=0, stored_others=()), Serving()):
+        for message in (live, Frozen(since_us=0, connections=0, sessions=0, opaque=0, stored_others=()), Serving()):
             CODEC.decode(CODEC.encode(message))

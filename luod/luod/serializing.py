@@ -75,7 +75,7 @@ class Serializing:
         self._custody.refuse_ended(client, request.session_id)
         self._custody.store.add(session)
         self._custody.quota.charge(session)
-        client.session = session
+        client.session, client.notices = session, request.notices
         self._custody.publish("opened", session, "")
         return Outcome(reply=m.Opened(seq=request.seq, session_id=session.session_id))
 
@@ -137,6 +137,7 @@ class Serializing:
                 )
         session.step(SessionEvent.PRESERVE)
         for entry, fd in zip(entries, fds, strict=True):
+            self._custody.carriable.see(entry.sort, fd.fileno())
             session.staged[entry.name] = Staged(entry=entry, fd=fd)
         fds.clear()
         session.weight = weight
@@ -188,7 +189,7 @@ class Serializing:
                 Code.BAD_REQUEST,
                 f"session {session.name!r} has {session.size} entries, the request says {request.entries}: was a preserve refused?",
             )
-        self._custody.outlook.demand(request.require)
+        self._custody.outlook_of(session).demand(request.require)
         for name in request.seal:
             if name not in session.staged:
                 raise no_entry(session, name)
@@ -236,7 +237,7 @@ class Serializing:
             sealing.box.close()
 
         def act(stored: str) -> Outcome:
-            self._custody.outlook.demand(request.require)
+            self._custody.outlook_of(session).demand(request.require)
             session.sealed, session.stored, session.sealing = sealing, stored, False
             session.step(SessionEvent.FINALIZE)
             staged, session.staged = session.staged, {}
@@ -278,11 +279,15 @@ class Serializing:
             raise Refusal(Code.NO_SUCH_SESSION, "no session with this id was finalized: open it and preserve its entries again")
         if session.state is SessionState.OPEN:
             raise Refusal(Code.OUT_OF_ORDER, "the session with this id is open on another connection, which alone can finalize it")
-        return Outcome(reply=self._finalized(request, session))
+        return Outcome(reply=self._finalized(request, session), again=session.session_id)
 
     def _finalized(self, request: m.Finalize, session: Session) -> m.Finalized:
-        survives = self._custody.survived(session)
-        return m.Finalized(seq=request.seq, session_id=session.session_id, survives=survives, entry_survives={})
+        return m.Finalized(
+            seq=request.seq,
+            session_id=session.session_id,
+            survives=self._custody.survived(session),
+            entry_survives=self._custody.differing(session),
+        )
 
     def cancel(self, client: Client, request: m.Cancel, _: list[OwnedFd]) -> Outcome:
         session = own(client)
@@ -323,6 +328,7 @@ class _Sealing:
         self._mine = threading.Lock()
         # Duplicates: whoever waits for this may give up, and the entries be closed.
         self._fds: dict[str, OwnedFd] = {}
+        name = ""
         try:
             for name in missing:
                 self._fds[name] = duplicate(session.staged[name].fd.fileno())

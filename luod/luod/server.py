@@ -26,7 +26,7 @@ import trio
 
 from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
-from luod.changes import Change, Retrieval
+from luod.changes import Change, Retrieval, Sealing
 from luod.closing import Closer, Closing, Hanging, Threads
 from luod.config import Config
 from luod.connection import Connection, Unread
@@ -40,13 +40,17 @@ from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.policy import ROOT
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
+from luod.succession.carriable import Carriable
 from luod.succession.keeping import Keeper
+from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
+from luod.succession.opaque import as_session, decide, tell
 from luod.succession.other import left, see_off
 from luod.system import Process, System
+from luod.updates import Updates
 from luod.upgrades import Upgrades
 from luod_protocol import messages as m
 from luod_protocol import wire
@@ -93,6 +97,7 @@ class Server:
         bound: those of the listening sockets that luod bound itself.
         manager: the service manager, if there is one.
         frozen: whether to begin with a closed gate.
+        opening: opens /dev/liveupdate.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Server:
         bound: Iterable[Endpoint] = (),
         manager: ManagerInfo | None = None,
         frozen: bool = False,
+        opening: Opening = Device.open,
     ) -> None:
         self.gate = Gate(is_open=not frozen)
         self.door = Gate(is_open=not frozen)
@@ -131,8 +137,11 @@ class Server:
             policy=config.policy,
             generation=generation,
             publish=self._publish,
+            carriable=Carriable(opening),
             being_closed=lambda: self.closer.total,
         )
+        self.updates = Updates(host=self, opening=opening)
+        self.custody.admit = self.updates.admit
         own = [socket_name(listener.fileno()) for listener in listeners.values()]
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow, own=own)
         self.orchestrator = Orchestrator(self.custody, recognizer)
@@ -146,6 +155,8 @@ class Server:
         self._listeners = dict(listeners)
         self._connections: dict[Connection, None] = {}
         self._alone: trio.Event | None = None
+        self._leaving: set[str] = set()
+        self._settling: dict[bytes, trio.Event] = {}
 
     @property
     def store(self) -> Store:
@@ -225,6 +236,7 @@ class Server:
         """A connection has ended."""
         del self._connections[connection]
         self.custody.quota.disconnected(connection.client.uid)
+        self.updates.left(connection)
 
     def _keep(self, connection: Connection) -> None:
         self._connections[connection] = None
@@ -262,18 +274,37 @@ class Server:
             self.custody.outlook = self.keeper.outlook()
         return stored
 
-    async def settle(self, changes: Sequence[Change], closing: Closing) -> None:
+    async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go (see `Closer.close`), wait for the predecessor's end.
+
+        Args:
+            again: the session of which the reply says what another one says that may still be waiting here: it isn't sent before that.
 
         Cancelled: the fds are closed all the same.
 
         Raises:
             Refusal: a retrieval can't be written down.
         """
+        if again in self._settling:
+            await self._settling[again].wait()
+        settled = trio.Event()
+        about = {_about(change) for change in changes}
+        self._settling.update(dict.fromkeys(about, settled))
+        try:
+            await self._settle(changes, closing)
+        finally:
+            for session_id in about:
+                # Its beginning may settle when its end does so already.
+                if self._settling.get(session_id) is settled:
+                    del self._settling[session_id]
+            settled.set()
+
+    async def _settle(self, changes: Sequence[Change], closing: Closing) -> None:
         for change in changes:
             if isinstance(change, Retrieval) and self.keeper is not None:
-                self.keeper.note_retrieval(change.session_id, change.process)
+                await self.keeper.note_retrieval(change.session_id, change.process)
         await self.upgrades.tell(changes)
+        await self.updates.follow(changes)
         if closing.fds:
             await self.closer.close(closing)
             if self._alone is not None:
@@ -310,6 +341,7 @@ class Server:
             manager=self.manager.name if self.manager is not None else "",
             stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
+            sessions_opaque=len(self.store.opaque),
         )
 
     # -------------------------------------------------------------------------------------------- the service manager
@@ -319,10 +351,10 @@ class Server:
         """The service manager that watches this daemon."""
         return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
         if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving)
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
             self.custody.outlook = self.keeper.outlook()
 
     async def tell_manager(self, *fields: str) -> None:
@@ -371,22 +403,46 @@ class Server:
                 m.Event(seq=0, at=self.system.now(), event=event, session=name, session_id=session_id, owner=owner, detail=detail, lost=0)
             )
 
+    # ------------------------------------------------------------------------------------------- updates of the kernel
+
+    async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply:
+        """As `Updates.answer`."""
+        return await self.updates.answer(request, connection)
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Whether a successor is about to take over."""
+        return self.upgrades.is_running
+
+    @property
+    def at_work(self) -> int:
+        """How many requests are being worked on, the one that asks included."""
+        return self.gate.inside
+
+    def tell_clients(self, notice: m.Notice) -> None:
+        """Tell those with an open session who asked for it."""
+        for each in self._connections:
+            if each.client.notices and each.protocol.state is State.OPEN:
+                each.tell(notice)
+
     # ---------------------------------------------------------------------------------------------------- handing over
 
     def upgrade(self, program: str) -> None:
         """Start a successor and hand over to it.
 
         Raises:
-            Refusal: as `Upgrades.start`.
+            Refusal: as `Upgrades.start`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         self.upgrades.start(program)
 
     def takeover(self, connection: Connection) -> OwnedFd:
         """Hand over to the process that asks. Returns its end of the handover socket, owned by the caller.
 
         Raises:
-            Refusal: as `Upgrades.admit`.
+            Refusal: as `Upgrades.admit`, or an update of the kernel is prepared.
         """
+        self.updates.refuse_upgrade()
         return self.upgrades.admit(connection)
 
     def waiting_for_upgrade(self) -> Iterable[Connection]:
@@ -397,13 +453,25 @@ class Server:
         """What every successor gets first: the endpoints' names, and the fds of the lock and of their sockets (borrowed)."""
         return tuple(self._listeners), [self._lock.fileno(), *(each.fileno() for each in self._listeners.values())]
 
+    def note_successor(self) -> None:
+        """A successor may serve from now on."""
+        if self.keeper is not None:
+            self.keeper.note_successor()
+
+    async def settled(self) -> None:
+        """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
+        if self._alone is not None:
+            await self._alone.wait()
+        if self.keeper is not None:
+            await self.keeper.ready.wait()
+
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
         return self.keeper.others if self.keeper is not None else ()
 
-    def wire_versions(self) -> set[int]:
-        """The versions that connected clients speak."""
-        return {each.protocol.version for each in self._connections if each.protocol.version}
+    def speakers(self) -> Iterable[tuple[int, int]]:
+        """The wire version and the pid of each connected client that has said hello."""
+        return ((each.protocol.version, each.client.process.pid) for each in self._connections if each.protocol.version)
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]:
         """Every live connection: its session, and the messages that describe it with their fds (borrowed). True while frozen."""
@@ -418,6 +486,24 @@ class Server:
         """Take in a session from the predecessor."""
         self.custody.adopt(session)
 
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        """Take in a box that a predecessor could not read."""
+        self.custody.keep_opaque(opaque)
+
+    def _settle_opaque(self) -> None:
+        """All sessions are here: which of the boxes that were opaque are sessions now?"""
+        if not self.store.opaque:
+            return
+        decided = decide(self.store.opaque, self.store, {each.session_id for each in self.store.all_ended})
+        for opaque, description in decided.sessions:
+            self.custody.give_opaque(opaque)
+            self.adopt_session(as_session(opaque, description, self.store.retrieved, self.boot_id))
+            self.store.retrieved.pop(description.session_id, None)
+        for opaque in decided.ended:
+            self.custody.give_opaque(opaque)
+            self.closer.later(Closing(opaque.manifest.owner if opaque.manifest else self.system.uid, [opaque.box]))
+            self._leaving.add(opaque.stored)
+
     async def drop_session(self, ended: Ended) -> None:
         """A session that came from the predecessor has ended there: close every copy."""
         self.remember(ended)
@@ -429,9 +515,7 @@ class Server:
 
     def note_retrieval(self, session_id: bytes, process: Process) -> None:
         """A process got fds of a session from the predecessor."""
-        session = self.store.by_id(session_id)
-        if session is not None:
-            session.retrieved_by.add(process)
+        self.store.note_retrieval(session_id, process)
 
     def adopt_connection(self, live: LiveConnection, fd: OwnedFd, unread: tuple[bytes, list[OwnedFd]] | None) -> None:
         """Take in a live connection, and the reply with its fds that it didn't take yet."""
@@ -448,6 +532,9 @@ class Server:
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
+        self._settle_opaque()
+        if self.keeper is not None:
+            self.keeper.inherit(stored_others)
         if predecessor is not None:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
@@ -472,7 +559,14 @@ class Server:
                 log.warning("the predecessor did not end within %g s of the handover and was killed", patience_s)
         self._alone = None
         alone.set()
-        await self.begin_keeping(others=stored_others, leaving={ledger.name(self.generation - 1)}.intersection(stored_others))
+        tell(self.store.opaque)
+        leaving = {ledger.name(self.generation - 1), *self._leaving}
+        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
+
+
+def _about(change: Change) -> bytes:
+    """The id of the session that changes."""
+    return change.session.session_id if isinstance(change, Sealing) else change.session_id
 
 
 async def _pause() -> None:

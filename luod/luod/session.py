@@ -23,12 +23,14 @@ class Staged:
 
 @attrs.frozen(kw_only=True)
 class Sealed:
-    """A finalized session's manifest and box; `places` says where in the box each name is, `kinds` has each kind with its `compatible`."""
+    """A finalized session's manifest and box; `places` says where in the box each name is, `kinds` has each kind with its `compatible`,
+    `sorts` what the kernel carries or doesn't."""
 
     manifest: Manifest
     box: OwnedFd
     places: dict[str, int]
     kinds: frozenset[tuple[str, str]]
+    sorts: frozenset[str]
 
     @classmethod
     def of(cls, manifest: Manifest, box: OwnedFd) -> Sealed:
@@ -38,6 +40,7 @@ class Sealed:
             box=box,
             places={entry.name: place for place, entry in enumerate(manifest.entries)},
             kinds=frozenset((entry.kind, entry.compatible) for entry in manifest.entries),
+            sorts=frozenset(entry.sort for entry in manifest.entries),
         )
 
 
@@ -97,6 +100,11 @@ class Session:
         if self.sealed is not None:
             return self.sealed.kinds
         return frozenset((staged.entry.kind, staged.entry.compatible) for staged in self.staged.values())
+
+    @property
+    def sorts(self) -> frozenset[str]:
+        """The sorts of its entries."""
+        return self.sealed.sorts if self.sealed is not None else frozenset(staged.entry.sort for staged in self.staged.values())
 
     @property
     def size(self) -> int:

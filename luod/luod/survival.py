@@ -24,7 +24,7 @@ class Survives(enum.StrEnum):
 _ALONE: Final = (
     "nothing outside of this luod holds a copy of its boxes: run it as a systemd service (systemd/luod.service) or as `luod --supervised`"
 )
-_NO_KERNEL: Final = "this luod doesn't hand its set to the kernel (/dev/liveupdate)"
+_NO_KERNEL: Final = "it isn't known yet what this kernel carries"
 _PARENT_TOO: Final = "a restart ends the supervising parent as well, which holds the copies; use an upgrade instead"
 _UNSEEN: Final = "luod can't see whether the store of its unit is kept over a soft-reboot"
 
@@ -37,8 +37,12 @@ class Outlook:
 
     def survived(self, *, stored: bool) -> tuple[str, ...]:
         """What a finalized session survives; `stored` tells whether a service manager holds its box."""
-        only_here = (Survives.DAEMON_UPGRADE,)
+        only_here = (Survives.DAEMON_UPGRADE, Survives.KEXEC)
         return tuple(each.value for each, reason in self.reasons.items() if not reason and (stored or each in only_here))
+
+    def with_kernel(self, reason: str) -> Outlook:
+        """The same, where a kexec is survived unless there is a reason why not."""
+        return Outlook(reasons={**self.reasons, Survives.KEXEC: reason})
 
     def demand(self, required: Iterable[str]) -> None:
         """Refuse a demand that this host can't meet, with the reasons."""

@@ -44,8 +44,6 @@ class Host(HandingOver, Protocol):
 
     def waiting_for_upgrade(self) -> Iterable[Connection]: ...
 
-    def tell_monitors(self, event: str, detail: str) -> None: ...
-
 
 class Upgrades:
     """See the module's text.
@@ -63,6 +61,11 @@ class Upgrades:
         self._options: Final = options
         self._bounds: Final = bounds
         self._running: OldSide | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether one is under way."""
+        return self._running is not None
 
     def start(self, program: str) -> None:
         """Start a successor, `program` or (when empty) this installation, and hand over to it.

@@ -12,18 +12,22 @@ from luod_protocol import box
 from luod_protocol.fds import OwnedFd, close_all
 
 
+class UnknownKind(Mismatch):
+    """An entry is of a kind, or of a version of it, that this luod can't verify."""
+
+
 def entries(described: Sequence[Entry], fds: Sequence[OwnedFd], *, same_kernel: bool) -> None:
     """Check each of `fds` (borrowed) against its entry: count, kind, identity on the same kernel, and what the handler recorded.
 
     Raises:
-        Mismatch: with the name of the entry.
+        Mismatch: with the name of the entry; `UnknownKind` where another luod may know more.
     """
     if len(described) != len(fds):
         raise Mismatch(f"{len(fds)} fds for {len(described)} entries")
     for entry, fd in zip(described, fds, strict=True):
         handler = by_kind(entry.kind)
         if handler is None or handler.compatible != entry.compatible:
-            raise Mismatch(f"entry {entry.name!r} is {entry.compatible}, which this luod can't verify")
+            raise UnknownKind(f"entry {entry.name!r} is {entry.compatible}, which this luod can't verify")
         probe = Probe(fd.fileno())
         if same_kernel and probe.identity != entry.identity:
             raise Mismatch(f"entry {entry.name!r} is another object: {probe.identity}, the manifest says {entry.identity}")
@@ -40,7 +44,7 @@ def boxed(sealed: int, boot_id: str) -> Manifest:
 
     Raises:
         Mismatch: an entry isn't what the manifest says.
-        BoxFault, ManifestFault, ManifestFromTheFuture, OSError: it can't be read.
+        BoxFault, ManifestFault, ForeignManifest, OSError: it can't be read.
     """
     description = manifest.decode(box.manifest_of(sealed))
     fds = box.look(sealed)

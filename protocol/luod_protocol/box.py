@@ -14,7 +14,7 @@ A manifest over `_INLINE_BYTES` goes into a sealed memfd, the first fd of the (o
 Unhappy paths:
 1. ETOOMANYREFS from sendmsg: this uid has RLIMIT_NOFILE fds in flight already. Raised as it is; nothing is left behind.
 2. The process is at RLIMIT_NOFILE while looking: the kernel truncates; what came is closed, EMFILE.
-3. It isn't a box, or not of a layout known here: `BoxFault`; the box is left as it was.
+3. It isn't a box: `BoxFault`, or not of a layout known here: `UnknownLayout`; the box is left as it was.
 
 Invariants: one packet a box; nobody uses SO_PEEK_OFF (its offset belongs to the socket, all holders share it); a box never goes to a
 client (a plain recv would empty it).
@@ -49,6 +49,10 @@ MAX_FDS: Final = (MAX_FDS_PER_PACKET - 1) * MAX_FDS_PER_PACKET
 
 class BoxFault(LuodError):
     """This fd isn't a box, or its content isn't as a box's must be."""
+
+
+class UnknownLayout(BoxFault):
+    """A box of a layout that this luod doesn't know."""
 
 
 def _put(head: bytes, body: bytes, fds: Sequence[int]) -> OwnedFd:
@@ -154,6 +158,19 @@ def manifest_of(box: int) -> bytes:
     return content.manifest
 
 
+def size(box: int) -> int:
+    """How many fds `box` (borrowed) says it holds. Holds for layouts that aren't known here, too.
+
+    Raises:
+        BoxFault: unhappy path 3.
+        OSError: EMFILE, ENOTSOCK and what else recvmsg(2) says.
+    """
+    content = _Content(box)
+    content.close()
+    count: int = content.count
+    return count
+
+
 def look(box: int, wanted: Sequence[int] | None = None) -> list[OwnedFd]:
     """Fresh duplicates of the fds in `box` (borrowed), all of them in order, or those at the places `wanted`. The caller owns them.
 
@@ -173,7 +190,7 @@ def look(box: int, wanted: Sequence[int] | None = None) -> list[OwnedFd]:
             return _pick(content.fds, places)
         if content.layout == _NESTED:
             return _look_nested(content, places)
-        raise BoxFault(f"a box of layout {content.layout}, which this luod doesn't know")
+        raise UnknownLayout(f"a box of layout {content.layout}, which this luod doesn't know")
     finally:
         content.close()
 

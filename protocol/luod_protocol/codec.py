@@ -1,6 +1,7 @@
 """Messages to bytes and back: msgpack maps with a `type`, structured strictly by cattrs.
 
 Strict means: no coercion (cattrs would turn "7" into 7 and True into 1), no extra keys, no duplicate keys, no msgpack extension types.
+A few messages must be read before a version is agreed on: those tolerate extra keys, and nothing else.
 Whatever is wrong with the bytes of a peer comes out as one `ProtocolFault` that names the field.
 
 A message that is larger than a packet travels as `bulk`: see `wire`.
@@ -8,7 +9,7 @@ A message that is larger than a packet travels as `bulk`: see `wire`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import NoneType
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_args, get_origin
 
@@ -58,9 +59,9 @@ def _is_optional(kind: Any) -> bool:
     return NoneType in get_args(kind)
 
 
-def strict_converter() -> cattrs.Converter:
-    """A converter that takes exactly what the classes say; use one for each set of messages."""
-    converter = cattrs.Converter(forbid_extra_keys=True)
+def strict_converter(*, extra_keys: bool = False) -> cattrs.Converter:
+    """A converter that takes exactly what the classes say, `extra_keys` or not; use one for each set of messages."""
+    converter = cattrs.Converter(forbid_extra_keys=not extra_keys)
     for kind in (int, str, bytes, bool):
         converter.register_structure_hook(kind, _exactly(kind))
     converter.register_structure_hook(float, _number)
@@ -176,20 +177,22 @@ class Codec(Generic[T]):
     Args:
         kinds: the message classes, each with a class attribute `type`.
         max_values: how many values a message may be built of.
+        tolerant: those of them that may have keys that aren't known here, also in the records inside; they are ignored.
     """
 
-    def __init__(self, kinds: Iterable[type[T]], max_values: int = MAX_VALUES) -> None:
+    def __init__(self, kinds: Iterable[type[T]], max_values: int = MAX_VALUES, *, tolerant: Collection[type[T]] = ()) -> None:
         self._max_values = max_values
         self._kinds: Mapping[str, type[T]] = {kind.type: kind for kind in kinds}
-        self._converter = strict_converter()
+        strict, lax = strict_converter(), strict_converter(extra_keys=True)
         # Made now and not at the first use: a daemon must not compile (or import) anything in a pause.
         self._structure: dict[type[T], Callable[[Any, Any], T]] = {}
         self._unstructure: dict[type[T], Callable[[T], dict[str, Any]]] = {}
         for kind in self._kinds.values():
-            hook = make_dict_structure_fn(kind, self._converter, _cattrs_forbid_extra_keys=True)
-            self._converter.register_structure_hook(kind, hook)
+            converter = lax if kind in tolerant else strict
+            hook = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=converter is strict)
+            converter.register_structure_hook(kind, hook)
             self._structure[kind] = hook
-            self._unstructure[kind] = make_dict_unstructure_fn(kind, self._converter)
+            self._unstructure[kind] = make_dict_unstructure_fn(kind, converter)
 
     def encode(self, message: T) -> bytes:
         """`message` as the bytes of one packet (or of one bulk memfd, when they are too many)."""

@@ -45,7 +45,7 @@ class State(enum.StrEnum):
     ENDED = "ended"
 
 
-_ANY: Mapping[type[m.Request], State | None] = {m.Status: None, m.Capabilities: None}
+_ANY: Mapping[type[m.Request], State | None] = {m.Status: None, m.Capabilities: None, m.Update: None}
 _LOOK: Mapping[type[m.Request], State | None] = {**_ANY, m.List: None, m.Show: None}
 
 TABLE: Final[Mapping[tuple[Endpoint, State], Mapping[type[m.Request], State | None]]] = {
@@ -67,6 +67,10 @@ TABLE: Final[Mapping[tuple[Endpoint, State], Mapping[type[m.Request], State | No
         m.Monitor: State.MONITORING,
         m.Upgrade: None,
         m.Takeover: State.HANDED_OVER,
+        m.Preflight: None,
+        m.Prepare: None,
+        m.Freeze: None,
+        m.CancelUpdate: None,
     },
 }
 """(endpoint, state) -> request that is in order -> the state after it was granted; None: the same."""
@@ -90,6 +94,11 @@ REPLY_TO: Final[Mapping[type[m.Request], type[m.Reply]]] = {
     m.Monitor: m.Monitoring,
     m.Upgrade: m.Upgraded,
     m.Takeover: m.TakeoverOffered,
+    m.Update: m.UpdateStatus,
+    m.Preflight: m.PreflightReport,
+    m.Prepare: m.UpdateStatus,
+    m.Freeze: m.UpdateStatus,
+    m.CancelUpdate: m.UpdateStatus,
 }
 """What answers each request when it is granted; `Refused` answers any."""
 
@@ -198,7 +207,7 @@ class ServerConnection:
 
     def send(self, reply: m.Reply) -> bytes:
         """The bytes of `reply`; moves the state when it grants the request."""
-        if self._due is not None and not isinstance(reply, m.Event):
+        if self._due is not None and not isinstance(reply, (m.Event, m.Notice)):
             request, granted = self._due
             self._due = None
             if isinstance(reply, REPLY_TO[type(request)]):
@@ -232,6 +241,7 @@ class ClientConnection:
         self.endpoint = endpoint
         self.state = State.NEW
         self._seq = 0
+        self._notices = False
         self._due: deque[m.Request] = deque()
 
     def next_seq(self) -> int:
@@ -251,6 +261,7 @@ class ClientConnection:
             raise Refusal(Code.BAD_REQUEST, f"{request.type} takes {fds_of_request(request)} fds, {fds} were given")
         data = REQUESTS.encode(request)
         self._due.append(request)
+        self._notices = self._notices or (isinstance(request, m.Open) and request.notices)
         return data
 
     def withdraw(self) -> None:
@@ -263,7 +274,8 @@ class ClientConnection:
         return self._due
 
     def receive(self, data: bytes, fds: int) -> m.Reply:
-        """The message in a packet with `fds` fds: the reply that is due, `Refused` in its place, or an `Event` while monitoring.
+        """The message in a packet with `fds` fds: the reply that is due, `Refused` in its place, an `Event` while monitoring, or a
+        `Notice`.
 
         Raises:
             ProtocolFault: unhappy path 4.
@@ -278,6 +290,8 @@ class ClientConnection:
             raise ProtocolFault(code, f"luod ended the connection: {reply.message}")
         _check_fds(reply.type, fds_of_reply(reply), fds)
         if isinstance(reply, m.Event) and self.state is State.MONITORING:
+            return reply
+        if isinstance(reply, m.Notice) and self._notices:
             return reply
         if not self._due:
             raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, f"{reply.type} came, no request is waiting for an answer")

@@ -37,6 +37,7 @@ class Code(enum.StrEnum):
     TOO_LARGE = "too-large"
     UPGRADE_FAILED = "upgrade-failed"
     UPGRADE_RUNNING = "upgrade-running"
+    UPDATE_RUNNING = "update-running"
     SYSTEM_ERROR = "system-error"
 
     @property
@@ -86,6 +87,7 @@ _ERRNO = {
     Code.TOO_LARGE: errno.EMSGSIZE,
     Code.UPGRADE_FAILED: errno.ECANCELED,
     Code.UPGRADE_RUNNING: errno.EBUSY,
+    Code.UPDATE_RUNNING: errno.EBUSY,
     Code.SYSTEM_ERROR: errno.EIO,
 }
 

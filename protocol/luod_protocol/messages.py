@@ -65,7 +65,13 @@ from luod_protocol.replies import (
     Monitoring as Monitoring,
 )
 from luod_protocol.replies import (
+    Notice as Notice,
+)
+from luod_protocol.replies import (
     Opened as Opened,
+)
+from luod_protocol.replies import (
+    PreflightReport as PreflightReport,
 )
 from luod_protocol.replies import (
     Preserved as Preserved,
@@ -89,6 +95,9 @@ from luod_protocol.replies import (
     Unpreserved as Unpreserved,
 )
 from luod_protocol.replies import (
+    UpdateStatus as UpdateStatus,
+)
+from luod_protocol.replies import (
     Upgraded as Upgraded,
 )
 from luod_protocol.replies import (
@@ -96,6 +105,9 @@ from luod_protocol.replies import (
 )
 from luod_protocol.requests import (
     Cancel as Cancel,
+)
+from luod_protocol.requests import (
+    CancelUpdate as CancelUpdate,
 )
 from luod_protocol.requests import (
     Capabilities as Capabilities,
@@ -113,6 +125,9 @@ from luod_protocol.requests import (
     Finish as Finish,
 )
 from luod_protocol.requests import (
+    Freeze as Freeze,
+)
+from luod_protocol.requests import (
     Hello as Hello,
 )
 from luod_protocol.requests import (
@@ -123,6 +138,12 @@ from luod_protocol.requests import (
 )
 from luod_protocol.requests import (
     Open as Open,
+)
+from luod_protocol.requests import (
+    Preflight as Preflight,
+)
+from luod_protocol.requests import (
+    Prepare as Prepare,
 )
 from luod_protocol.requests import (
     Preserve as Preserve,
@@ -144,6 +165,9 @@ from luod_protocol.requests import (
 )
 from luod_protocol.requests import (
     Unpreserve as Unpreserve,
+)
+from luod_protocol.requests import (
+    Update as Update,
 )
 from luod_protocol.requests import (
     Upgrade as Upgrade,
@@ -168,6 +192,11 @@ Request: TypeAlias = (
     | Monitor
     | Upgrade
     | Takeover
+    | Update
+    | Preflight
+    | Prepare
+    | Freeze
+    | CancelUpdate
 )
 Reply: TypeAlias = (
     Welcome
@@ -189,6 +218,9 @@ Reply: TypeAlias = (
     | Event
     | Upgraded
     | TakeoverOffered
+    | UpdateStatus
+    | PreflightReport
+    | Notice
     | Refused
     | Fault
 )

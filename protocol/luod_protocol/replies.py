@@ -27,7 +27,8 @@ class DaemonStatus:
 
     `last_pause_us` is what the last handover to this daemon took from freeze to serving, in microseconds; 0 for a first generation.
     `manager` is who would start it again after a crash, empty for nobody; `stored_fds` how many fds it has in the manager's store, of
-    `store_limit`, which is 0 where that isn't known.
+    `store_limit`, which is 0 where that isn't known. `sessions_opaque` counts preserved sessions that this luod can't read: they are kept
+    for one that can.
     """
 
     type: ClassVar[str] = "daemon-status"
@@ -47,6 +48,7 @@ class DaemonStatus:
     manager: str
     stored_fds: int
     store_limit: int
+    sessions_opaque: int
 
 
 @attrs.frozen(kw_only=True)
@@ -215,6 +217,62 @@ class TakeoverOffered:
 
     type: ClassVar[str] = "takeover-offered"
     seq: int
+
+
+@attrs.frozen(kw_only=True)
+class UpdateStatus:
+    """To `update`, `prepare`, `freeze` and `cancel-update`: where an update of the kernel is.
+
+    `state` is `normal`, `preparing`, `prepared`, `frozen`, `undoing` or `updated`. `reason` says why the last one was given up.
+    `deadline` is until when open sessions are waited for, in seconds since 1970, 0 for no such time. `carried` sessions with
+    `carried_fds` fds are preserved for the next kernel. `left_behind` names sessions that are not to be carried or, after an update,
+    were not. `arrived` sessions came from the last kernel, `lost` names those that should have, with the reason. `steps_us` is what
+    each step of the last update took, in microseconds.
+    """
+
+    type: ClassVar[str] = "update-status"
+    seq: int
+    state: str
+    reason: str
+    deadline: float
+    carried: int
+    carried_fds: int
+    left_behind: tuple[str, ...]
+    arrived: int
+    lost: tuple[str, ...]
+    steps_us: dict[str, int]
+
+
+@attrs.frozen(kw_only=True)
+class PreflightReport:
+    """To `preflight`. `fault` says why no update is possible at all, empty where one is.
+
+    `sessions` could be carried, with `fds` fds. `memory_bytes` is what memfds have, `hole_bytes` what they would grow by, since the kernel
+    fills holes. `open_sessions` names those that would have to be finalized first, `cannot` each that can't travel with the reason.
+    """
+
+    type: ClassVar[str] = "preflight-report"
+    seq: int
+    fault: str
+    sessions: int
+    fds: int
+    memory_bytes: int
+    hole_bytes: int
+    open_sessions: tuple[str, ...]
+    cannot: dict[str, str]
+
+
+@attrs.frozen(kw_only=True)
+class Notice:
+    """On a connection whose `open` asked for it: an update of the kernel is coming (`prepare`), or isn't any more (`cancelled`).
+
+    `deadline` is until when luod waits for the session to be finalized, in seconds since 1970.
+    """
+
+    type: ClassVar[str] = "notice"
+    seq: int
+    what: str
+    deadline: float
 
 
 @attrs.frozen(kw_only=True)

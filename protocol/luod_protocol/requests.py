@@ -38,7 +38,10 @@ class Capabilities:
 
 @attrs.frozen(kw_only=True)
 class Open:
-    """serialize: open the session of this connection. `owner` is for root: the uid that shall own it."""
+    """serialize: open the session of this connection. `owner` is for root: the uid that shall own it.
+
+    `notices`: whether to send a `notice` on this connection while the session is open, when an update of the kernel is coming.
+    """
 
     type: ClassVar[str] = "open"
     seq: int
@@ -46,6 +49,7 @@ class Open:
     session_id: bytes
     metadata: bytes = b""
     owner: int | None = None
+    notices: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -187,3 +191,51 @@ class Takeover:
 
     type: ClassVar[str] = "takeover"
     seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Update:
+    """Any endpoint: how an update of the kernel is going, or went."""
+
+    type: ClassVar[str] = "update"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Preflight:
+    """control: what an update of the kernel would carry now, and what not, and why. Changes nothing."""
+
+    type: ClassVar[str] = "preflight"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Prepare:
+    """control: prepare for an update of the kernel. The answer comes at once, `update` tells when all is prepared.
+
+    `deadline_s` is how long to wait for open sessions to be finalized, in seconds. `leave_behind` names sessions (by name, or id in
+    hexadecimal) that need not come along; with `force` all that can't travel need not.
+    """
+
+    type: ClassVar[str] = "prepare"
+    seq: int
+    deadline_s: float
+    leave_behind: tuple[str, ...] = ()
+    force: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Freeze:
+    """control: nothing changes from here on, for the reboot comes now. It holds until this connection ends, or `cancel-update`."""
+
+    type: ClassVar[str] = "freeze"
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class CancelUpdate:
+    """control: give the update up, and serve as before. `reason` is for whoever asks later."""
+
+    type: ClassVar[str] = "cancel-update"
+    seq: int
+    reason: str = ""

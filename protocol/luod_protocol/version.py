@@ -18,6 +18,9 @@ class VersionRange:
     low: int
     high: int
 
+    def __contains__(self, version: int) -> bool:
+        return self.low <= version <= self.high
+
     def common(self, other: VersionRange) -> int | None:
         """The highest version in both ranges, or None."""
         highest = min(self.high, other.high)

@@ -13,7 +13,7 @@ import tempfile
 import termios
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from conformance.making import HOSTILE, Maker, Refused, Specimen, available, making
@@ -232,6 +232,13 @@ def _ip(*words: str) -> None:
         raise OSError(f"ip {' '.join(words)} failed")
 
 
+def _link(path: str) -> str:
+    """Where a symlink leads; empty when it is gone: other tests make and delete devices at the same time."""
+    with suppress(FileNotFoundError):
+        return os.readlink(path)
+    return ""
+
+
 @contextmanager
 def _macvtap(*, delete: bool = False) -> Generator[int]:
     """One in another network namespace, through a device node of another name; with `delete` without its interface."""
@@ -241,8 +248,7 @@ def _macvtap(*, delete: bool = False) -> Generator[int]:
         name = f"luod{threading.get_native_id()}"
         _ip("tuntap", "add", "dev", "lower", "mode", "tap")
         _ip("link", "add", "link", "lower", "name", name, "type", "macvtap")
-        with os.scandir("/sys/dev/char") as found:
-            number = next(each.name for each in found if f"/net/{name}/macvtap/" in os.readlink(each.path))
+        number = next(each for each in os.listdir("/sys/dev/char") if f"/net/{name}/macvtap/" in _link(f"/sys/dev/char/{each}"))
         with tempfile.TemporaryDirectory() as folder:
             major, minor = map(int, number.split(":"))
             os.mknod(f"{folder}/disk", 0o20600, os.makedev(major, minor))

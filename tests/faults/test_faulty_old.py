@@ -116,3 +116,56 @@ def test_a_second_upgrade_is_refused_while_one_runs(daemon: Daemon, tmp_path: Pa
         assert upgraded.result().generation == 3
     assert ask_upgrade(where).generation == 4
     until(lambda: daemon.status().generation == 4, "generation 4 serves")
+
+
+@pytest.mark.parametrize("failing", ["ENOMEM", "ETOOMANYREFS"])
+@pytest.mark.parametrize(
+    "step", ["before-send:offer", "before-send:box", "before-send:copied", "before-send:connection", "before-send:frozen"]
+)
+def test_what_it_can_not_send_ends_the_upgrade_and_nothing_else(daemon: Daemon, tmp_path: Path, step: str, failing: str) -> None:
+    """Such as ETOOMANYREFS, when too many fds of luod's user are in flight."""
+    old = faulty_old(daemon, tmp_path, step, failing)
+    with scene(daemon.runtime_dir) as made:
+        with pytest.raises(Refusal, match="can't be sent"):
+            ask_upgrade(daemon.runtime_dir)
+        assert old.hits() == [step]
+        assert daemon.status().generation == 2
+        made.check_live()
+        made.check_finalized("first")
+        assert daemon.upgrade().generation == 3
+        made.check_finalized("second")
+
+
+@pytest.mark.parametrize("step", ["before-receive:meet", "before-receive:verified"])
+def test_what_it_can_not_receive_at_once_it_receives_later(daemon: Daemon, tmp_path: Path, step: str) -> None:
+    old = faulty_old(daemon, tmp_path, step, "ENOMEM")
+    with scene(daemon.runtime_dir) as made:
+        with pytest.raises(Refusal, match="can't be heard"):
+            ask_upgrade(daemon.runtime_dir)
+        assert old.hits() == [step]
+        made.check_live()
+        assert daemon.upgrade().generation == 3
+        made.check_finalized("first", "second")
+
+
+def test_a_commit_that_it_can_not_receive_at_once_is_a_commit(daemon: Daemon, tmp_path: Path) -> None:
+    """The successor serves by then: an old daemon that took the failure for the end of the queue would be a second one."""
+    old = faulty_old(daemon, tmp_path, "before-receive:serving", "ENOMEM")
+    with scene(daemon.runtime_dir) as made:
+        assert ask_upgrade(daemon.runtime_dir).generation == 3
+        assert old.hits() == ["before-receive:serving"]
+        assert daemon.status().generation == 3
+        made.check_live()
+        assert daemon.upgrade().generation == 4
+        made.check_finalized("first", "second")
+
+
+def test_an_upgrade_without_descriptors_to_spare_fails_with_the_reason(daemon: Daemon, tmp_path: Path) -> None:
+    old = faulty_old(daemon, tmp_path, "after-receive:meet", "EMFILE")
+    with scene(daemon.runtime_dir) as made:
+        with pytest.raises(Refusal, match="Too many open files"):
+            ask_upgrade(daemon.runtime_dir)
+        assert old.hits() == ["after-receive:meet"]
+        made.check_live()
+        assert daemon.upgrade().generation == 3
+        made.check_finalized("first", "second")

@@ -152,10 +152,10 @@ def test_it_says_what_is_not_in_order(bounded: Daemon, tmp_path: Path, step: str
     ("action", "reason"),
     [
         ("far-handover", "it speaks handover version 8 to 9, this luod 1"),
-        ("far-manifest", "it reads manifests of version 8 to 9, 1 is held"),
-        ("far-wire", "it speaks wire version 8 to 9 to clients, one is connected with 1"),
-        ("no-pipes", "entries of kind pipe are pipe-v1, it knows no such kind"),
-        ("far-memfds", "entries of kind memfd are memfd-v1, it knows memfd-v2"),
+        ("far-manifest", r"it reads manifests of version 8 to 9, and version 1 is that of session 'first' of uid \d+, .* 'claimed' of uid"),
+        ("far-wire", "it speaks wire version 8 to 9 to clients, and version 1 is that of process"),
+        ("no-pipes", "entries of kind pipe are pipe-v1, it knows no such kind: 'pipe' of session 'first'"),
+        ("far-memfds", "entries of kind memfd are memfd-v1, it knows memfd-v2: 'ram' of session 'first' .* and 1 more"),
     ],
 )
 def test_it_is_of_a_release_that_can_not_carry_what_is_held(bounded: Daemon, tmp_path: Path, action: str, reason: str) -> None:

@@ -28,12 +28,12 @@ STEP_S = 1.0
 
 @contextmanager
 def filling(
-    daemon: Daemon, folder: Path, *faults: str, at: str = "before-send:copied"
+    daemon: Daemon, folder: Path, *faults: str, at: str = "before-send:copied", program: str = ""
 ) -> Generator[tuple[Callable[[], None], Future[Upgraded]]]:
-    """A luod of generation 2 that is held while it fills its successor. Yields what lets it go on, and the answer to `upgrade`."""
+    """A luod of generation 2 that is held while it fills its successor (`program`). Yields what lets it go on, and the answer."""
     held = Faulty(folder, ",".join([f"{at}=wait", *faults]))
     daemon.upgrade(held.program)
-    with meanwhile(lambda: ask_upgrade(daemon.runtime_dir)) as upgraded:
+    with meanwhile(lambda: ask_upgrade(daemon.runtime_dir, program)) as upgraded:
         held.wait_for(at)
         try:
             yield held.go_on, upgraded
@@ -198,6 +198,35 @@ def test_killed_in_retrieve(daemon: Daemon, tmp_path: Path, step: str, known: bo
         assert found is not None
         assert [each.pid for each in found.retrieved_by] == ([os.getpid()] if known else [])
         finish(where, "guest")
+
+
+def test_finish_is_not_answered_again_before_nobody_has_a_copy(daemon: Daemon, tmp_path: Path) -> None:
+    """It is asked for on a second connection, while the first waits for the successor."""
+    where = daemon.runtime_dir
+    end, session_id = preserve_pipe(where)
+    step = "before-send:let-go"
+    slow = Faulty(tmp_path, f"{step}=wait")
+
+    def finish_again(looker: luod_client.Deserializer) -> bool:
+        looker.finish(session_id)
+        return let_go(end, 0)
+
+    with (
+        end,
+        filling(daemon, tmp_path, program=slow.program) as (go_on, upgraded),
+        luod_client.deserialize(runtime_dir=where) as looker,
+        meanwhile(lambda: finish(where, "guest")) as finished,
+    ):
+        slow.wait_for(step)
+        assert not let_go(end, 0)
+        with meanwhile(lambda: finish_again(looker)) as again:
+            # For a luod that would answer at once.
+            until(lambda: daemon.status().sessions_claimed == 0, "the session has ended")
+            slow.go_on()
+            finished.result()
+            assert again.result()
+        go_on()
+        assert upgraded.result().generation == 3
 
 
 def fill(runtime_dir: str, name: str, number: int) -> float:

@@ -23,7 +23,10 @@ def _descriptors_left(daemon: Daemon, connections: int, room: int) -> Generator[
     """Lower the daemon's RLIMIT_NOFILE so far that it can open `room` more descriptors, while it has these connections."""
     until(lambda: daemon.status().connections == connections + 1, "the other connections to be gone")
     status = daemon.status()
-    until(lambda: len(os.listdir(f"/proc/{status.pid}/fd")) == status.open_fds - 1, "the connection of `status` itself to be gone")
+    kept = status.staged_fds + status.sessions_preserved + status.sessions_claimed
+    # Less than at the start: the connection of `status` itself.
+    idle = daemon.baseline - 1 + connections + kept
+    until(lambda: len(os.listdir(f"/proc/{status.pid}/fd")) == idle, "what luod is closing to be closed")
     held = {int(name) for name in os.listdir(f"/proc/{status.pid}/fd")}
     free = (number for number in itertools.count() if number not in held)
     limit = next(itertools.islice(free, room, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Generator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 import luod_client
-from harness import ALICE, BOB, Client, Daemon, Talk, User, spawn_client
+from harness import ALICE, BOB, Client, Daemon, Talk, User, spawn_client, until
 from luod.capacity import CLOSING_FDS
 from luod.closing import THREADS_PER_UID
 from puppets import ask as have
@@ -60,6 +61,16 @@ def others_are_served(daemon: Daemon) -> None:
             claim.finish()
             assert not let_go(read, 0)
         assert let_go(read, 0)
+
+
+def nobody_serves(runtime_dir: str) -> bool:
+    """Whether the lock of the directory is free."""
+    with open(f"{runtime_dir}/lock", "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def upgrade(daemon: Daemon) -> int:
@@ -135,6 +146,7 @@ def test_the_end_of_luod(tmp_path_factory: pytest.TempPathFactory) -> None:
             with read:
                 daemon.kill(signal.SIGTERM)
                 assert let_go(read), "what hangs keeps others' fds"
+            until(lambda: nobody_serves(daemon.runtime_dir), "luod to let go of its directory")
             with Daemon(daemon.runtime_dir) as following:
                 assert following.status().generation == 1
         assert daemon.wait_gone() == 0
@@ -150,6 +162,7 @@ def test_the_end_of_luod_with_a_session_that_hangs(tmp_path_factory: pytest.Temp
             with read:
                 daemon.kill(signal.SIGTERM)
                 assert let_go(read), "what hangs keeps others' fds"
+            until(lambda: nobody_serves(daemon.runtime_dir), "luod to let go of its directory")
             with Daemon(daemon.runtime_dir) as following:
                 assert following.status().generation == 1
         assert daemon.wait_gone() == 0

@@ -1,5 +1,5 @@
-"""Another process of luod's own uid has as many fds in flight as the uid may have: luod refuses what it can't pass, loses nothing, waits
-for nobody for ever, and goes on when there is room again."""
+"""Another process of luod's own uid has as many fds in flight as the uid may have: luod refuses what it can't pass, loses nothing,
+waits for nobody for ever, and goes on when there is room again."""
 
 from __future__ import annotations
 

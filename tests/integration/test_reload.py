@@ -191,4 +191,4 @@ def test_a_denied_kind_is_not_taken_by_another_handler(tmp_path: Path) -> None:
             with pytest.raises(Refusal) as caught:
                 session.preserve({"it": fd.fileno()})
             assert (caught.value.code, caught.value.entry) == (Code.KIND_NOT_SUPPORTED, "it")
-            assert "It allows socket, eventfd, file" in caught.value.message
+            assert "which luod's configuration does not allow ([kinds])" in caught.value.message

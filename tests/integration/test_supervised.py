@@ -10,7 +10,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import luod_client
+from faulty import Faulty, ask_upgrade
 from harness import LIMIT_S, folder_for, start, until
 from processes import PYTHON
 from supervising import ends
@@ -58,6 +61,19 @@ def test_it_serves_and_comes_back() -> None:
         assert popen.wait(LIMIT_S) == 0
         assert ends(second)
         assert sorted(os.listdir(folder)) == ["lock", "stderr"]
+
+
+def test_generations_go_on_when_a_successor_dies_as_soon_as_it_serves(tmp_path: Path) -> None:
+    """It had no ledger yet: its predecessor's tells that it was there."""
+    with folder_for() as folder, supervised(folder) as (_, said):
+        first = serving(said, 1)
+        faulty = Faulty(tmp_path, "after-send:serving=kill")
+        with pytest.raises(luod_client.LuodError):
+            ask_upgrade(folder, faulty.program)
+        assert faulty.hits() == ["after-send:serving"]
+        second = serving(said, 2)
+        assert second != first
+        assert status(folder) == (second, 3)
 
 
 def test_where_another_one_serves_it_ends_like_luod() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from luod.supervisor.__main__ import HEADROOM_FDS
+from luod.supervisor.command import LIMIT
 from luod_protocol.fds import OwnedFd
 from processes import ALICE, Talk, readable, spawn_client, until
 from supervising import Standin, Supervised, ends
@@ -214,7 +217,7 @@ def test_what_the_daemon_is_given() -> None:
         assert env == {
             "WATCHDOG_USEC": "20500000",
             "WATCHDOG_PID": str(standin.pid),
-            "FDSTORE": "3000",
+            "FDSTORE": str(min(LIMIT, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - HEADROOM_FDS) // 2)),
             "LUOD_SUPERVISOR": str(supervised.popen.pid),
         }
         assert set(standin.do("fds")) == {0, 1, 2}

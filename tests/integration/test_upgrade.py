@@ -17,6 +17,7 @@ import pytest
 import luod_client
 from faulty import Faulty, ask_upgrade, meanwhile, run_module, scene
 from harness import LIMIT_S, Daemon, Talk, spawn_client, until
+from luod.system import process
 from luod_client import Refusal
 from luod_protocol import messages as m
 from luod_protocol.fds import OwnedFd, close_all
@@ -24,6 +25,9 @@ from luod_protocol.messages import Endpoint
 from pipelining import Pipeline
 from processes import PYTHON
 from things import eventfd, let_go, memfd, pipe, preserve_pipe, same_file, unix_pair
+
+STARTED_S = 3.0
+"""In which a successor has long started, in seconds."""
 
 
 def finish(runtime_dir: str, name: str) -> None:
@@ -276,10 +280,10 @@ def test_a_monitor_goes_on(daemon: Daemon) -> None:
         while not seen or seen[-1].event != "finished":
             seen.append(next(events))
         assert [(event.event, event.lost) for event in seen] == [
-            (name, 0) for name in ("upgrading", "upgraded", "upgrading", "upgraded", "opened", "finalized", "claimed", "finished")
+            (name, 0) for name in (*2 * ("upgrading", "freezing", "upgraded"), "opened", "finalized", "claimed", "finished")
         ]
         assert seen[0].detail == "generation 1"
-        assert seen[3].detail.startswith("generation 3, pause ")
+        assert seen[5].detail.startswith("generation 3, pause ")
         assert seen[-1].session_id == session_id
 
 
@@ -330,6 +334,27 @@ def test_while_the_predecessor_is_still_ending_nothing_is_said_to_be_let_go(daem
                 held.go_on()
                 done.result()
                 assert let_go(made.ends[name], 0)
+
+
+@pytest.mark.slow
+def test_an_upgrade_waits_for_the_end_of_the_one_before(daemon: Daemon, tmp_path: Path) -> None:
+    """Else the successor, which knows of one predecessor, would answer `finished` while another one holds a copy."""
+    where = daemon.runtime_dir
+    held = Faulty(tmp_path, "after-receive:serving=wait")
+    daemon.upgrade(held.program)
+    with preserve_pipe(where)[0] as end:
+        first = ask_upgrade(where)
+        held.wait_for("after-receive:serving")
+        with meanwhile(lambda: ask_upgrade(where)) as second:
+            # No synchronisation: an upgrade that doesn't wait shall have the time to come through.
+            assert not let_go(end, STARTED_S)
+            assert not second.done()
+            assert daemon.status().generation == 3
+            held.go_on()
+            assert second.result().generation == 4
+        assert not process(first.predecessor_pid).start, "it is neither gone nor waiting to be reaped"
+        finish(where, "guest")
+        assert let_go(end, 0)
 
 
 @pytest.mark.slow

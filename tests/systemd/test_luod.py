@@ -1,14 +1,12 @@
-"""luod as the service that is shipped, under a real systemd."""
+"""luod as the service that is shipped, under a real systemd. What befalls it at random moments is in tests/soak."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -283,125 +281,6 @@ def test_a_stop_says_what_becomes_of_sessions() -> None:
                 assert find(manager.runtime_dir) is None
 
 
-def churn(talk: Talk, where: str, seed: int) -> None:
-    """A client that makes and takes back sessions, whatever happens to luod, and tells what it was promised."""
-    import os
-    import random
-
-    import luod_client
-    from luod_client import LuodError
-
-    dice = random.Random(seed)
-    number = 0
-    talk.hear()
-    while True:
-        number += 1
-        name, content = f"{seed}-{number}", dice.randbytes(64)
-        session_id = dice.randbytes(16)
-        try:
-            with luod_client.serialize(name, session_id=session_id, runtime_dir=where) as session:
-                fd = os.memfd_create("ram", os.MFD_CLOEXEC)
-                try:
-                    os.write(fd, content)
-                    session.preserve({"ram": fd})
-                finally:
-                    os.close(fd)
-                talk.tell(("trying", session_id, name, content))
-                session.finalize(require={"daemon-crash"})
-            talk.tell(("finalized", session_id))
-            if dice.random() < 0.6:
-                with luod_client.deserialize(runtime_dir=where) as looker, looker.claim(name) as claim:
-                    with claim.retrieve()["ram"] as back:
-                        assert os.pread(back.fileno(), 99, 0) == content
-                    talk.tell(("finishing", session_id))
-                    claim.finish()
-                talk.tell(("finished", session_id))
-        except LuodError:
-            pass
-
-
-def play(manager: Manager, disturb: Callable[[], None], times: int, seed: int) -> None:
-    """Clients at work while `disturb` happens again and again, at random moments of theirs; then everything is as they were promised."""
-    dice = random.Random(seed)
-    promised: dict[bytes, tuple[str, bytes]] = {}
-    unsure: dict[bytes, tuple[str, bytes]] = {}
-    done: set[bytes] = set()
-
-    def note(said: Any) -> None:
-        match said:
-            case ("trying", session_id, name, content):
-                unsure[session_id] = (name, content)
-            case ("finalized", session_id):
-                promised[session_id] = unsure.pop(session_id)
-            case ("finishing", session_id):
-                unsure[session_id] = promised.pop(session_id)
-            case ("finished", session_id):
-                del unsure[session_id]
-                done.add(session_id)
-            case _:
-                raise AssertionError(said)
-
-    with (
-        spawn_client(churn, manager.runtime_dir, seed) as first,
-        spawn_client(churn, manager.runtime_dir, seed + 1000) as second,
-    ):
-        for client in (first, second):
-            client.tell()
-        for _ in range(times):
-            for _ in range(dice.randrange(1, 12)):
-                note(dice.choice((first, second)).hear())
-            disturb()
-        for client in (first, second):
-            client.kill()
-            for said in client.rest():
-                note(said)
-    with luod_client.deserialize(runtime_dir=manager.runtime_dir) as looker:
-        held = {each.session_id: each.session for each in looker.list()}
-        assert set(promised) <= set(held) <= set(promised) | set(unsure)
-        assert not done & set(held)
-        for session_id, (name, content) in {**promised, **unsure}.items():
-            if session_id in held:
-                with looker.claim(name) as claim:
-                    with claim.retrieve()["ram"] as fd:
-                        assert os.pread(fd.fileno(), 99, 0) == content
-                    claim.finish()
-        assert looker.list() == ()
-    assert stored(manager) == 1
-    assert promised, "nothing was tried"
-
-
-def kill(manager: Manager) -> None:
-    """Kill luod, as soon as there is one; it may be starting."""
-    until(lambda: manager.show(SERVICE, "MainPID")["MainPID"] != "0", "a main process")
-    manager.kill(SERVICE)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_under_load() -> None:
-    with running() as manager:
-        play(manager, lambda: kill(manager), times=15, seed=1)
-
-
-@pytest.mark.slow
-def test_everything_at_random_moments_under_load() -> None:
-    dice = random.Random(2)
-
-    def disturb() -> None:
-        what = dice.choice(("kill", "reload", "restart", "kill in a reload"))
-        if what == "kill":
-            kill(manager)
-            return
-        manager.until_shows(SERVICE, SubState="running")
-        if what == "kill in a reload":
-            manager.ctl("reload", "--no-block", SERVICE)
-            kill(manager)
-        else:
-            manager.ctl(what, SERVICE)
-
-    with running() as manager:
-        play(manager, disturb, times=15, seed=3)
-
-
 def test_clients_know_that_luod_was_killed() -> None:
     with (
         running() as manager,
@@ -418,3 +297,18 @@ def test_clients_know_that_luod_was_killed() -> None:
         with pytest.raises(Refusal) as refused:
             luod_client.finalize_again(session.id, runtime_dir=manager.runtime_dir)
         assert refused.value.code is Code.NO_SUCH_SESSION
+
+
+def test_a_unit_that_does_not_listen_refuses_upgrades() -> None:
+    """systemd would end the unit with its main process, and the successor with it."""
+    with running("[Service]\nType=exec\nNotifyAccess=none\nWatchdogSec=0\nFileDescriptorStoreMax=0\n") as manager:
+        until(lambda: os.path.exists(f"{manager.runtime_dir}/control"), "luod")
+        preserve_memfd(manager, "guest", b"content", require=("daemon-upgrade",))
+        with (
+            luod_client.control(runtime_dir=manager.runtime_dir) as control,
+            pytest.raises(Refusal, match="Type=notify and NotifyAccess=main") as refused,
+        ):
+            control.upgrade()
+        assert refused.value.code is Code.UPGRADE_FAILED
+        assert status(manager).manager == ""
+        assert take_back(manager, "guest") == b"content"

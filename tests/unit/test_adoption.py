@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import attrs
 import msgpack
 import pytest
 
@@ -19,7 +22,7 @@ from luod.succession.adoption import Adopted, adopt
 from luod.succession.fdstore import WITNESS
 from luod.succession.ledger import Ending, Ledger, Record, Retrieval, Staying
 from luod.system import Process, System
-from luod_protocol import box
+from luod_protocol import box, wire
 from luod_protocol.fds import OwnedFd, close_all, duplicate
 from things import memfd
 
@@ -62,6 +65,15 @@ def stored_box(name: str, *, session_id: bytes = b"", at: float = 1.0, boot_id: 
 
 
 @contextmanager
+def of_layout(layout: int, data: bytes, fds: Sequence[int]) -> Generator[OwnedFd]:
+    """A box of another layout than there is."""
+    keep, give = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with give, OwnedFd(keep.detach()) as sealed:
+        wire.send(give, struct.pack("<8sBxxxIQ", b"luodbox1", layout, len(fds), len(data)) + data, fds)
+        yield sealed
+
+
+@contextmanager
 def stored_ledger(generation: int, records: Sequence[Record]) -> Generator[tuple[str, OwnedFd]]:
     kept = Ledger(records)
     try:
@@ -79,11 +91,12 @@ def adopted(*stored: tuple[str, OwnedFd]) -> Generator[Adopted]:
     finally:
         for session in result.sessions:
             close_all(session.take_fds())
+        close_all(each.box for each in result.opaque)
 
 
 def test_nothing() -> None:
     with adopted() as result:
-        assert result == Adopted(generation=0, sessions=[], ended=[], others=[], leaving=[])
+        assert result == Adopted(generation=0, sessions=[], opaque=[], retrieved={}, ended=[], others=[], leaving=[])
 
 
 def test_sessions_come_back_oldest_first_whatever_their_order() -> None:
@@ -141,21 +154,43 @@ def test_a_witness_is_of_an_operation_that_was_cut_off() -> None:
 
 
 def test_what_can_not_be_used_stays_in_the_store(caplog: pytest.LogCaptureFixture) -> None:
-    with memfd(b"no box") as other, stored_box("one") as one, memfd(b"ram") as ram:
-        future = msgpack.packb({"type": "manifest", "version": 99, "new": "fields"})
-        with (
-            box.seal(future, [ram.fileno()]) as later,
-            box.seal(manifest.encode(described("two", ram.fileno())), [other.fileno()]) as wrong,
-            adopted(("luod-x", other), ("luod-later", later), ("b7", wrong), one) as result,
-        ):
-            assert [session.name for session in result.sessions] == ["one"]
-            assert set(result.others) == {"luod-x", "luod-later", "b7"}
-            assert result.leaving == []
-    for words in ("luod-x in the service manager's store can't be used and stays there", "version 99", "is another object"):
+    with (
+        memfd(b"no box") as other,
+        stored_box("one") as one,
+        memfd(b"ram") as ram,
+        box.seal(manifest.encode(described("two", ram.fileno())), [other.fileno()]) as wrong,
+        adopted(("luod-x", other), ("b7", wrong), one) as result,
+    ):
+        assert [session.name for session in result.sessions] == ["one"]
+        assert set(result.others) == {"luod-x", "b7"}
+        assert (result.opaque, result.leaving) == ([], [])
+    for words in ("luod-x in the service manager's store can't be used and stays there", "is another object"):
         assert words in caplog.text
 
 
-def test_a_session_that_is_there_twice_is_adopted_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_another_luod_may_read_is_kept_and_stays_in_the_store() -> None:
+    process = Process(pid=7, start=8)
+    with memfd(b"ram") as ram, stored_box("one") as one:
+        strange = attrs.evolve(described("three", ram.fileno()).entries[0], compatible="memfd-v9")
+        with (
+            stored_ledger(1, [Retrieval(session_id=b"of the later one", process=process)]) as kept,
+            box.seal(msgpack.packb({"type": "manifest", "version": 99, "new": "fields"}), [ram.fileno()] * 3) as later,
+            box.seal(manifest.encode(attrs.evolve(described("three", ram.fileno()), entries=(strange,))), [ram.fileno()]) as kind,
+            of_layout(9, manifest.encode(described("two", ram.fileno())), [ram.fileno()]) as layout,
+            adopted(kept, ("b3", later), ("b4", kind), one, ("b5", layout)) as result,
+        ):
+            assert [session.name for session in result.sessions] == ["one"]
+            assert {(each.stored, each.fds, each.manifest) for each in result.opaque} == {("b3", 3, None), ("b4", 1, None), ("b5", 1, None)}
+            assert set(result.others) == {"luod-ledger-1", "b3", "b4", "b5"}
+            assert result.leaving == ["luod-ledger-1"]
+            assert result.retrieved == {b"of the later one": {process}}
+            why = {each.stored: each.why for each in result.opaque}
+            assert why["b3"] == "a manifest of version 99, this luod reads 1"
+            assert "memfd-v9, which this luod can't verify" in why["b4"]
+            assert "layout 9, which this luod doesn't know" in why["b5"]
+
+
+def test_a_session_that_is_there_twice_is_adopted_once() -> None:
     with (
         stored_box("one", at=1.0) as first,
         stored_box("one", at=2.0) as same_id,
@@ -169,7 +204,8 @@ def test_a_session_that_is_there_twice_is_adopted_once(caplog: pytest.LogCapture
         assert other.stored == "luod-whatever"
         assert sorted(result.others) == sorted([same_id[0], same_name[0]])
         assert result.leaving == []
-    assert caplog.text.count("stays there") == 2
+        assert sorted(each.stored for each in result.opaque) == sorted(result.others)
+        assert {each.why for each in result.opaque} == {f"session {ID['one'].hex()} is there already", "uid 1000 has another session 'one'"}
 
 
 def test_a_ledger_that_can_not_be_read_stays_and_counts_for_the_generation(caplog: pytest.LogCaptureFixture) -> None:

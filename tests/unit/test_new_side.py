@@ -6,19 +6,20 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import pytest
+import trio
 
 from luod import manifest
 from luod.handlers import kinds, recognize
 from luod.handlers.base import Probe
 from luod.manifest import Entry, Manifest
 from luod.session import Session
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
-from luod.succession.messages import Box, Connection, Copied, Handover, Offer
+from luod.succession.messages import Box, Connection, Copied, Frozen, Gone, Handover, Offer, OpaqueBox
 from luod.succession.new import Left, NewSide
 from luod.succession.new_table import NewState
 from luod.system import Process, System
@@ -36,6 +37,9 @@ class Heir:
 
     def adopt_session(self, session: Session) -> None:
         self.store.add(session)
+
+    def adopt_opaque(self, opaque: Opaque) -> None:
+        self.store.opaque.append(opaque)
 
     async def drop_session(self, ended: Ended) -> None:
         raise AssertionError(f"nothing has ended: {ended}")
@@ -91,7 +95,9 @@ def old_daemon(*, dead: bool) -> Generator[int]:
         yield process.pid
 
 
-async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir: Heir) -> NewSide:
+async def succeed(
+    old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir: Heir, *, handover: int = 1, endpoints: tuple[str, ...] = ()
+) -> NewSide:
     """Be sent all this by the process `old`, whose end of the socket is closed after it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sender = Channel(theirs)
@@ -102,9 +108,9 @@ async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir
         inherited.append(lock)
         return heir
 
-    offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), bound=(), ended=(), manager=None)
+    offer = Offer(luod="x", pid=old, handover=handover, generation=1, directory="", endpoints=endpoints, bound=(), ended=(), manager=None)
     with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
-        sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
+        sender.send_now(offer, [lock.fileno(), *[lock.fileno() for _ in endpoints], pidfd.fileno()])
     for message, fds in sent:
         sender.send_now(message, fds)
     sender.close()
@@ -117,6 +123,7 @@ async def succeed(old: int, sent: Sequence[tuple[Handover, Sequence[int]]], heir
             side.predecessor.close()
         for session in heir.store:
             close_all(session.take_fds())
+        close_all(each.box for each in heir.store.opaque)
     return side
 
 
@@ -135,3 +142,97 @@ async def test_one_wrong_box_among_good_ones(dead: bool, caplog: pytest.LogCaptu
                 with pytest.raises(Left, match="is another object"):
                     await succeed(old, sent, heir)
                 assert [session.name for session in heir.store] == ["first"]
+
+
+@pytest.mark.parametrize("handover", [0, 2])
+async def test_a_handover_of_a_version_that_is_not_known(handover: int) -> None:
+    with old_daemon(dead=False) as old, pytest.raises(Left, match=f"luod x offers handover version {handover}, this luod speaks 1"):
+        await succeed(old, [], Heir(), handover=handover)
+
+
+async def test_an_endpoint_that_is_not_known() -> None:
+    with old_daemon(dead=False) as old, pytest.raises(Left, match="luod x serves at 'migrate', which this luod doesn't"):
+        await succeed(old, [], Heir(), endpoints=("control", "migrate"))
+
+
+async def test_what_the_old_daemon_could_not_read_is_kept_whatever_it_is() -> None:
+    heir = Heir()
+    with ExitStack() as stack:
+        sent: list[tuple[Handover, Sequence[int]]] = []
+        for name in ("good", "wrong"):
+            _, sealed = stack.enter_context(boxed(name, another=name == "wrong"))
+            sent.append((OpaqueBox(stored=name), [sealed.fileno()]))
+        sent.append((OpaqueBox(stored="no box"), [stack.enter_context(memfd()).fileno()]))
+        sent.append((Copied(), ()))
+        side = await succeed(stack.enter_context(old_daemon(dead=True)), sent, heir)
+        assert side.state is NewState.SERVING
+        good, wrong, no_box = heir.store.opaque
+        assert good.manifest is not None
+        assert (good.stored, good.fds, good.manifest.session, good.why) == ("good", 1, "good", "")
+        assert (wrong.stored, wrong.fds, wrong.manifest) == ("wrong", 1, None)
+        assert "is another object" in wrong.why
+        assert (no_box.stored, no_box.fds, no_box.manifest) == ("no box", 0, None)
+
+
+async def test_an_opaque_box_that_did_not_come() -> None:
+    frozen = Frozen(since_us=1, connections=0, sessions=0, opaque=2, stored_others=())
+    with old_daemon(dead=False) as old, boxed("one") as (_, sealed), pytest.raises(Left, match="1 of 2 opaque boxes came"):
+        await succeed(old, [(OpaqueBox(stored=""), [sealed.fileno()]), (Copied(), ()), (frozen, ())], Heir())
+
+
+async def test_a_connection_with_a_wire_version_that_is_not_known() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    live = Connection(
+        endpoint="control",
+        version=2,
+        state="ready",
+        client=Process(pid=77, start=1),
+        session_id=b"",
+        upgrade_seq=-1,
+        lost=0,
+    )
+    with ours, theirs, old_daemon(dead=False) as old, pytest.raises(Left, match="process 77 speaks wire version 2, this luod 1"):
+        await succeed(old, [(Copied(), ()), (live, [ours.fileno()])], Heir())
+
+
+class Witness(Heir):
+    """An heir whose predecessor closes the handover, for it is dying, while a session is dropped here."""
+
+    def __init__(self, dying: Callable[[], None]) -> None:
+        super().__init__()
+        self._dying = dying
+
+    async def drop_session(self, ended: Ended) -> None:
+        self._dying()
+
+
+async def test_an_old_daemon_that_dies_with_something_unread_is_dead_all_the_same() -> None:
+    """A send says ECONNRESET then, once, and not EPIPE; and a process closes its files before its death can be seen."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sender = Channel(theirs)
+    with old_daemon(dead=False) as old:
+        async with trio.open_nursery() as nursery:
+
+            async def die() -> None:
+                os.kill(old, signal.SIGKILL)
+
+            def dying() -> None:
+                sender.close()
+                nursery.start_soon(die)
+
+            inherited: list[OwnedFd] = []
+
+            def build(offer: Offer, lock: OwnedFd, listeners: Mapping[str, OwnedFd]) -> Heir:
+                inherited.append(lock)
+                return Witness(dying)
+
+            offer = Offer(luod="", pid=old, handover=1, generation=1, directory="", endpoints=(), bound=(), ended=(), manager=None)
+            with OwnedFd(os.pidfd_open(old)) as pidfd, OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+                sender.send_now(offer, [lock.fileno(), pidfd.fileno()])
+            sender.send_now(Gone(ended=Ended(session_id=bytes(16), owner=0, finished=True)))
+            side = NewSide(channel=Channel(ours), kinds=kinds(), build=build)
+            await side.run()
+    assert side.state is NewState.SERVING
+    close_all(inherited)
+    assert side.predecessor is not None
+    side.predecessor.close()

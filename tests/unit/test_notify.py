@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 
 import pytest
 
-from luod.notify import SUPERVISOR, SYSTEMD, Manager, ManagerInfo, of_this_process, started_by_systemd
+from luod.notify import SUPERVISOR, SYSTEMD, Manager, ManagerFault, ManagerInfo, of_this_process, pipe, started_by_systemd
 
 PID, PARENT = 100, 1
 SERVICE = {"NOTIFY_SOCKET": "/run/systemd/notify", "SYSTEMD_EXEC_PID": "100"}
@@ -53,3 +54,14 @@ async def test_an_abstract_address() -> None:
         await here.tell("READY=1", "STATUS=well")
         assert there.recv(100) == b"READY=1\nSTATUS=well"
         here.close()
+
+
+def test_a_pipe_that_can_not_be_had_is_a_fault_of_the_manager() -> None:
+    """It ends what needs it, and not luod's part of a handover after the commit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(ManagerFault, match="Too many open files"):
+            pipe()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -223,7 +223,7 @@ def test_an_io_uring_is_named(tmp_path: Path, memfd: int) -> None:
 def opened_by_hand() -> tuple[Conversation, ServerConnection]:
     """A conversation with an open session, and the other side of it."""
     talk, server = Conversation(Endpoint.SERIALIZE), ServerConnection(Endpoint.SERIALIZE)
-    steps = talk.open("s", SESSION_ID, b"", None)
+    steps = talk.open("s", SESSION_ID, b"", None, notices=False)
     assert isinstance(next(steps), Send)
     assert isinstance(steps.send(None), Send)
     assert steps.send(None) is None

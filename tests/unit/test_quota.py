@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from kernel_standin import KernelStandin
 from luod.capacity import Capacity
 from luod.custody import Client, Custody, Outcome, Pending, Working
 from luod.handlers import kinds
@@ -21,6 +22,7 @@ from luod.orchestrator import Orchestrator
 from luod.policy import Peer, Policy
 from luod.quota import NOTHING, Cost, Quota, Share
 from luod.session import Session, weigh
+from luod.succession.carriable import Carriable
 from luod.system import Process, System
 from luod_protocol import messages as m
 from luod_protocol.errors import Code, Refusal
@@ -40,7 +42,8 @@ def custody_of(share: Share = SHARE) -> Custody:
     def publish(event: str, session: Session, detail: str) -> None:
         """Nobody monitors."""
 
-    return Custody(system=System(uid=OWN), capacity=capacity, policy=Policy(), generation=1, publish=publish)
+    carriable = Carriable(KernelStandin(is_there=False).opening)
+    return Custody(system=System(uid=OWN), capacity=capacity, policy=Policy(), generation=1, publish=publish, carriable=carriable)
 
 
 def real_cost(session: Session) -> Cost:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from luod_client.commands import output
+from luod_client.commands.update import rows
 from luod_client.session import control, deserialize
 from luod_protocol import messages as m
 
@@ -87,6 +88,7 @@ def status(args: argparse.Namespace) -> None:
     """How the daemon is."""
     with deserialize(runtime_dir=args.runtime_dir) as connection:
         found = connection.status()
+        update = connection.update()
     if args.json:
         output.write_json(found)
         return
@@ -97,14 +99,22 @@ def status(args: argparse.Namespace) -> None:
                 ("generation", str(found.generation)),
                 ("started", output.when(found.started_at)),
                 ("sessions", f"{found.sessions_open} open, {found.sessions_preserved} preserved, {found.sessions_claimed} claimed"),
+                ("not shown", _opaque(found)),
                 ("fds", f"{found.preserved_fds} preserved, {found.staged_fds} in open sessions"),
                 ("connections", str(found.connections)),
                 ("descriptors", f"{found.open_fds} open in the daemon"),
                 ("last pause", f"{found.last_pause_us / 1000:.1f} ms" if found.last_pause_us else ""),
                 ("kept by", _kept(found)),
+                *(rows(update) if update.state != "normal" or update.reason or update.steps_us else ()),
             )
         )
     )
+
+
+def _opaque(found: m.DaemonStatus) -> str:
+    if not found.sessions_opaque:
+        return ""
+    return f"{found.sessions_opaque} sessions that this luod can't read, kept for a newer one: see luod's log"
 
 
 def _kept(found: m.DaemonStatus) -> str:

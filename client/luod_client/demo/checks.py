@@ -74,27 +74,28 @@ class Seen:
     copy_s: float
 
 
-def _same(what: str, expected: object, seen: object) -> Check:
+def same(what: str, expected: object, seen: object) -> Check:
+    """A check that two things are the same."""
     return Check(what=what, expected=str(expected), seen=str(seen), ok=expected == seen)
 
 
 def _answered(what: str, answer: Answer) -> Check:
-    return _same(what, f"{answer.question} answered by pid {answer.pid}", answer.answer)
+    return same(what, f"{answer.question} answered by pid {answer.pid}", answer.answer)
 
 
 def compare_guest(guest: Moved) -> list[Check]:
     """What must be so of a guest that went on in another process."""
     stopped, resumed = guest.stopped, guest.resumed
     return [
-        _same(
+        same(
             "guest: count when stopped, in its register, in its RAM",
             f"{stopped.count}, {stopped.count}",
             f"{stopped.register}, {stopped.in_ram}",
         ),
-        _same("guest: RAM: SHA-256 before it went on", stopped.sha256, resumed.sha256),
-        _same("guest: RAM: device and inode", stopped.identity, resumed.identity),
-        _same("guest: first count in the new process", stopped.count + 1, resumed.first),
-        _same("guest: counts lost or repeated", "none", stopped.wrong or resumed.wrong or "none"),
+        same("guest: RAM: SHA-256 before it went on", stopped.sha256, resumed.sha256),
+        same("guest: RAM: device and inode", stopped.identity, resumed.identity),
+        same("guest: first count in the new process", stopped.count + 1, resumed.first),
+        same("guest: counts lost or repeated", "none", stopped.wrong or resumed.wrong or "none"),
     ]
 
 
@@ -102,20 +103,20 @@ def compare(seen: Seen) -> list[Check]:
     """What must be so, each with what was expected and what was seen."""
     counters = list(seen.counters)
     return [
-        _same("memory: SHA-256, computed by the new process", seen.sha256_before, seen.sha256_after),
-        _same("memory: SHA-256, in the entry's metadata", seen.sha256_before, seen.sha256_said),
-        _same("memory: device and inode", seen.identity_before, seen.identity_after),
-        _same("memory: seals added by finalize", ", ".join(seen.seals_asked), ", ".join(seen.seals_after)),
+        same("memory: SHA-256, computed by the new process", seen.sha256_before, seen.sha256_after),
+        same("memory: SHA-256, in the entry's metadata", seen.sha256_before, seen.sha256_said),
+        same("memory: device and inode", seen.identity_before, seen.identity_after),
+        same("memory: seals added by finalize", ", ".join(seen.seals_asked), ", ".join(seen.seals_after)),
         _answered("TCP: who waited in the backlog", seen.backlog),
         _answered("TCP: who had been accepted", seen.caller),
-        _same("luod: generation", seen.generation_before + 1, seen.generation_after),
-        _same("luod: exit status of the old daemon", 0, seen.predecessor_status),
-        _same("looping client: faults, on one connection", "none", seen.looper_fault or "none"),
+        same("luod: generation", seen.generation_before + 1, seen.generation_after),
+        same("luod: exit status of the old daemon", 0, seen.predecessor_status),
+        same("looping client: faults, on one connection", "none", seen.looper_fault or "none"),
         Check(what="looping client: round trips", expected="some", seen=str(seen.looper_trips), ok=seen.looper_trips > 0),
-        _same("device: resets when the old process was gone", 0, seen.resets_exit),
-        _same("device: resets after luod was replaced", 0, seen.resets_upgrade),
-        _same("device: resets when the new process had it", 0, seen.resets_retrieved),
-        _same("device: resets after finish", 0, seen.resets_finish),
+        same("device: resets when the old process was gone", 0, seen.resets_exit),
+        same("device: resets after luod was replaced", 0, seen.resets_upgrade),
+        same("device: resets when the new process had it", 0, seen.resets_retrieved),
+        same("device: resets after finish", 0, seen.resets_finish),
         Check(
             what="device: counter along the way",
             expected="always higher",
@@ -128,10 +129,10 @@ def compare(seen: Seen) -> list[Check]:
             seen=str(seen.written),
             ok=seen.written > seen.counter_asked,
         ),
-        _same("device: resets after the last close", 1, seen.resets_close),
-        _same("device: counter after the last close", 0, seen.counter_close),
+        same("device: resets after the last close", 1, seen.resets_close),
+        same("device: counter after the last close", 0, seen.counter_close),
         *([] if seen.guest is None else compare_guest(seen.guest)),
-        _same("luod: sessions left after finish", 0, seen.sessions_left),
+        same("luod: sessions left after finish", 0, seen.sessions_left),
     ]
 
 

@@ -23,13 +23,17 @@ def _prctl(option: int, argument: object) -> None:
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent, the process `parent`, dies.
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent, the process `parent`, dies. That outlives execve(2).
+
+    Args:
+        parent: its pid.
+        number: the signal; a process with children that must not outlive it either needs one that it can act on.
 
     Raises:
         SystemExit: it is dead already.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         raise SystemExit("the process that started this one is gone")
 

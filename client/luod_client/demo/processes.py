@@ -133,7 +133,7 @@ def await_word(word: str) -> str:
 
 
 class Daemons:
-    """luod in `runtime_dir`, and whoever succeeds it. This process must be a subreaper. Leaving the block ends them.
+    """luod in `runtime_dir`, with more `options`, and whoever succeeds it. This process must be a subreaper. Leaving the block ends them.
 
     Attributes:
         said: the lines they wrote to stderr, complete when they have ended.
@@ -142,11 +142,11 @@ class Daemons:
         DemoFault: luod isn't installed, or unhappy path 2.
     """
 
-    def __init__(self, runtime_dir: str) -> None:
+    def __init__(self, runtime_dir: str, *options: str) -> None:
         spec = importlib.util.find_spec("luod")
         if spec is None or spec.origin is None:
             raise DemoFault(f"the daemon isn't installed beside the client, for {sys.executable}: install the whole distribution (luod)")
-        command = [sys.executable, "-P", "-m", "luod", "--runtime-dir", runtime_dir]
+        command = [sys.executable, "-P", "-m", "luod", "--runtime-dir", runtime_dir, *options]
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
         self.said: list[str] = []
         self._first = subprocess.Popen(command, stdin=null, stdout=null, stderr=pipe, process_group=0)

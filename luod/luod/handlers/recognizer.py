@@ -52,7 +52,7 @@ class Recognizer:
             raise Refusal(
                 Code.KIND_NOT_SUPPORTED,
                 f"this fd is of kind {handler.kind}, which luod's configuration does not allow ([kinds]); whoever runs luod can change "
-                f"that. It allows {', '.join(self.kinds) or 'nothing'}",
+                "that (`luoctl capabilities` lists the kinds that it allows)",
             )
         return handler
 

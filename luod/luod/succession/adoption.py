@@ -7,8 +7,9 @@ Happy path: each box becomes a preserved session of the new generation.
 
 Unhappy paths:
 1. The ledger says that a session ends: its box was on its way out. It is let go of, and remembered as ended.
-2. A box can't be read or isn't what its manifest says, or is of a newer version: it stays in the store untouched, for a luod that can.
-3. Two boxes are of one session, or of one owner's name: the one finalized first is adopted, the other stays in the store.
+2. A box can't be read or isn't what its manifest says: it stays in the store untouched.
+3. A box is of a newer luod, or two are of one session, or of one owner's name, and the other was finalized first: it is kept as it is and
+   handed on (`opaque`), and stays in the store.
 4. The ledger can't be read: the boxes are adopted without, and the ledger stays.
 
 Invariants: nothing is dropped here but what has ended. Open sessions and claims died with their connections.
@@ -21,16 +22,13 @@ from collections.abc import Iterable
 
 import attrs
 
-from luod import verify
-from luod.handlers.base import Mismatch
-from luod.manifest import Manifest, ManifestFault, ManifestFromTheFuture
 from luod.session import Session
-from luod.store import Ended
+from luod.store import Ended, Opaque
 from luod.succession import ledger
 from luod.succession.fdstore import WITNESS
-from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, LedgerFault, Record, Retrieval, Staying, Successor
+from luod.succession.opaque import as_session, decide, examine
 from luod.system import Process
-from luod_protocol.box import BoxFault
 from luod_protocol.fds import OwnedFd
 
 log = logging.getLogger("luod")
@@ -41,8 +39,10 @@ class Adopted:
     """What a store had.
 
     Attributes:
-        generation: of the luod that wrote the newest ledger; 0 without one.
+        generation: of the last luod that may have served; 0 without a ledger.
         sessions: preserved, oldest first.
+        opaque: boxes that are kept for another luod.
+        retrieved: who has retrieved from sessions that are not among `sessions`, by id.
         ended: sessions that are gone, oldest first.
         others: names in the store that are no adopted session's box.
         leaving: those of them that are to be removed.
@@ -50,6 +50,8 @@ class Adopted:
 
     generation: int
     sessions: list[Session]
+    opaque: list[Opaque]
+    retrieved: dict[bytes, set[Process]]
     ended: list[Ended]
     others: list[str]
     leaving: list[str]
@@ -86,30 +88,28 @@ def adopt(stored: Iterable[tuple[str, OwnedFd]], boot_id: str) -> Adopted:
                     log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
                     leaving.remove(name)
     ended, retrieved = _summed_up(records)
-    adopted = Adopted(generation=newest, sessions=[], ended=list(ended.values()), others=others, leaving=leaving)
-    found: list[tuple[Manifest, str, OwnedFd]] = []
+    last = max([newest, *(record.generation for record in records if isinstance(record, Successor))])
+    adopted = Adopted(
+        generation=last, sessions=[], opaque=[], retrieved=retrieved, ended=list(ended.values()), others=others, leaving=leaving
+    )
+    found: list[Opaque] = []
     for name, fd in boxes:
-        try:
-            found.append((verify.boxed(fd.fileno(), boot_id), name, fd))
-        except (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, OSError) as error:
-            log.error("%s in the service manager's store can't be used and stays there: %s", name, error)
+        each = examine(fd, name, boot_id)
+        if each.manifest is None and not each.foreign:
+            log.error("%s in the service manager's store can't be used and stays there: %s", name, each.why)
             adopted.others.append(name)
             fd.close()
-    taken: set[bytes | tuple[int, str]] = set()
-    for manifest, name, fd in sorted(found, key=lambda each: each[0].finalized_at):
-        session_id, owned_name = manifest.session_id, (manifest.owner, manifest.session)
-        if not taken & {session_id, owned_name} and session_id not in ended:
-            # Processes are of one boot: after another one their numbers mean somebody else.
-            processes = retrieved.get(session_id, set()) if manifest.boot_id == boot_id else set[Process]()
-            adopted.sessions.append(Session.adopted(manifest, fd, processes, stored=name))
-            taken |= {session_id, owned_name}
-            continue
-        fd.close()
-        adopted.others.append(name)
-        if session_id in ended:
-            adopted.leaving.append(name)
         else:
-            log.error("%s in the service manager's store is session %r, which is there twice; it stays there", name, manifest.session)
+            found.append(each)
+    decided = decide(found, (), ended)
+    adopted.sessions.extend(as_session(each, description, retrieved, boot_id) for each, description in decided.sessions)
+    for _, description in decided.sessions:
+        retrieved.pop(description.session_id, None)
+    adopted.opaque.extend(decided.opaque)
+    for each in decided.ended:
+        each.box.close()
+        adopted.leaving.append(each.stored)
+    adopted.others.extend(each.stored for each in (*decided.opaque, *decided.ended))
     return adopted
 
 
@@ -125,4 +125,6 @@ def _summed_up(records: Iterable[Record]) -> tuple[dict[bytes, Ended], dict[byte
                 ended.pop(record.session_id, None)
             case Retrieval():
                 retrieved.setdefault(record.session_id, set()).add(record.process)
+            case Successor():
+                pass
     return ended, retrieved

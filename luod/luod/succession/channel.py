@@ -90,11 +90,21 @@ class Channel:
         with suppress(OSError):
             self._raw.shutdown(socket.SHUT_RD)
 
-    def close(self, reason: str = "") -> None:
-        """Close it, after a last `declined` when there is a reason and room."""
+    def close(self, reason: str = "") -> bool:
+        """Close it, after a last `declined` when there is a reason and room.
+
+        Returns:
+            Whether the other end will know: it was sent this, or has closed its end.
+        """
+        told = True
         if self._raw.fileno() == -1:
-            return
+            return told
         if reason:
-            with suppress(OSError):
+            try:
                 self.send_now(Declined(reason=reason))
+            except BrokenPipeError:
+                pass
+            except OSError:
+                told = False
         self._sock.close()
+        return told

@@ -13,6 +13,8 @@ Unhappy paths:
    service's main process: `NotKept`, and what may have been kept is removed again. So it is when no more names fit: the next luod gets all
    of them in one variable, and the kernel lets none be longer than 32 pages (execve(2)).
 2. The manager doesn't answer: `ManagerFault`; what was sent is undone behind it, for it may take both later.
+3. Nothing shows whether a removal was listened to. Where no witness was ever kept one is sent first: `ManagerFault` when that isn't kept.
+   So it is for a successor whose predecessor died before the manager knew of it; the manager is about to end it.
 
 Invariants: one operation at a time, so that the witness speaks for one fd. A name is put once. Names hold no `:`, which systemd drops.
 """
@@ -46,10 +48,12 @@ class FdStore:
     Args:
         manager: whose store it is.
         names: what is in it already.
+        is_heard: whether the manager is known to listen to this process.
     """
 
-    def __init__(self, manager: Manager, names: Collection[str]) -> None:
+    def __init__(self, manager: Manager, names: Collection[str], *, is_heard: bool = False) -> None:
         self._manager: Final = manager
+        self._is_heard = is_heard
         self._names = set(names)
         self._bytes = sum(map(_weight, self._names))
         self._turn = trio.Lock()
@@ -93,21 +97,26 @@ class FdStore:
             self._bytes += _weight(name)
 
     async def _put(self, name: str, fd: int) -> bool:
+        await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+        if not await self._witnessed():
+            raise NotKept(
+                f"the store of {self._manager.info.name} took nothing more: it is full, has no room at all "
+                "(FileDescriptorStoreMax= of the unit), or does not listen to this process"
+            )
+        return True
+
+    async def _witnessed(self) -> bool:
         ours, theirs = pipe()
         with ours:
             with theirs:
-                await self._manager.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
                 await self._manager.tell("FDSTORE=1", f"FDNAME={WITNESS}", "FDPOLL=0", fds=[theirs.fileno()])
             try:
                 await self._manager.barrier()
-                if hung_up(ours):
-                    raise NotKept(
-                        f"the store of {self._manager.info.name} took nothing more: it is full, has no room at all "
-                        "(FileDescriptorStoreMax= of the unit), or does not listen to this process"
-                    )
-                return True
+                kept = not hung_up(ours)
             finally:
                 await self._undo(f"FDNAME={WITNESS}")
+        self._is_heard |= kept
+        return kept
 
     async def _undo(self, field: str) -> None:
         # Behind what it undoes, also when this is cancelled: the manager takes both or neither.
@@ -121,9 +130,11 @@ class FdStore:
         """Return when the manager has let go of what it holds as `name`, perhaps nothing.
 
         Raises:
-            ManagerFault: unhappy path 2; it may let go later.
+            ManagerFault: unhappy paths 2, it may let go later, and 3.
         """
         async with self._turn:
+            if not self._is_heard and not await self._witnessed():
+                raise ManagerFault(f"{self._manager.info.name} does not take this process for the main process of the service")
             await self._manager.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
             await self._manager.barrier()
             if name in self._names:

@@ -31,7 +31,7 @@ from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
 from luod.store import Ended, Store
 from luod.succession import ledger
 from luod.succession.fdstore import FdStore, NotKept
-from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying
+from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.survival import Outlook
 from luod.system import Process
 from luod_protocol.errors import Code, Refusal
@@ -90,6 +90,7 @@ class Keeper:
         self._others: set[str] = set()
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
+        self._has_successor = False
 
     @property
     def count(self) -> int:
@@ -101,23 +102,29 @@ class Keeper:
         """What is stored and is no session's box: for a successor."""
         return tuple(self._others)
 
+    def inherit(self, others: Collection[str]) -> None:
+        """Be told what is in the manager's store and is no session's box, before it is time to begin: a successor may come first."""
+        self._others = set(others)
+
     def outlook(self) -> Outlook:
         """What sessions survive with this manager."""
         if self.fault:
             return survival.not_kept(self.fault)
         return survival.kept(restarts=self.manager.info.name == SYSTEMD)
 
-    async def begin(self, *, others: Collection[str], leaving: Collection[str]) -> None:
+    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
         """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
 
         Args:
             others: what is in the manager's store and is no session's box, by name.
             leaving: those of them that are to be removed, when the new ledger is there.
+            is_main: whether the manager started this process; else it has to be seen that it listens.
         """
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
-        self._fds = FdStore(self.manager, stored.union(others))
-        self._others = set(others)
+        self._fds = FdStore(self.manager, stored.union(others), is_heard=is_main)
+        # What was opaque to a predecessor may be a session now.
+        self._others = set(others) - stored
         try:
             await self._begin_ledger()
             for name in leaving:
@@ -126,6 +133,10 @@ class Keeper:
             for session in self._sessions:
                 if session.sealed is not None and not session.stored:
                     session.stored = await self._put(session.sealed.box.fileno())
+            for opaque in self._sessions.opaque:
+                if not opaque.stored:
+                    opaque.stored = await self._put(opaque.box.fileno())
+                    self._others.add(opaque.stored)
         except ManagerGone as error:
             self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
@@ -146,6 +157,10 @@ class Keeper:
         yield from (Ending(ended=each) for each in (*self._sessions.all_ended, *self._leaving.values()))
         for session in self._sessions:
             yield from (Retrieval(session_id=session.session_id, process=process) for process in session.retrieved_by)
+        for session_id, processes in self._sessions.retrieved.items():
+            yield from (Retrieval(session_id=session_id, process=process) for process in processes)
+        if self._has_successor:
+            yield Successor(generation=self._generation + 1)
 
     async def _put(self, box: int) -> str:
         name = self._names.take()
@@ -219,13 +234,23 @@ class Keeper:
         except (Refusal, ManagerFault) as error:
             log.error("session %s may not survive a crash of luod any more: %s", session_id.hex(), error)
 
-    def note_retrieval(self, session_id: bytes, process: Process) -> None:
-        """Write down that a process is about to get fds of a session.
+    async def note_retrieval(self, session_id: bytes, process: Process) -> None:
+        """Write down that a process is about to get fds of a session, when there is where to. No checkpoint when there is.
 
         Raises:
             Refusal: it can't be written.
         """
+        if not self.ready.is_set():
+            await self.ready.wait()
         self._write(Retrieval(session_id=session_id, process=process))
+
+    def note_successor(self) -> None:
+        """Write down that a successor may serve from now on. If it dies before its own ledger is kept, the next luod counts on from it."""
+        self._has_successor = True
+        try:
+            self._write(Successor(generation=self._generation + 1))
+        except Refusal as error:
+            log.error("after a crash two luods may count as generation %d: %s", self._generation + 1, error)
 
     def _write(self, record: Record) -> None:
         if self._ledger is None:

@@ -1,8 +1,9 @@
 """The ledger: what a crashed luod must not forget besides the boxes, in a memfd that the service manager keeps.
 
 Theory. A box says all about a session but two things that come later: who has retrieved from it, and that it has ended. Both are written
-here, one record behind the other, before a client is told. The manager holds the memfd too, so what a dead luod wrote is there. Its name
-has the generation of its luod: the next one reads the newest, and begins one of its own with what still matters.
+here, one record behind the other, before a client is told; and that a successor may serve, which may die before it has a ledger of its own.
+The manager holds the memfd too, so what a dead luod wrote is there. Its name has the generation of its luod: the next one reads the newest,
+and begins one of its own with what still matters.
 
 The memfd has a head and two areas, of which the one in use is told by the head's epoch, odd or even. A ledger that has become long is begun
 anew in the other area, and then the epoch is written. Every record's sum is seeded with its epoch, so an area's old records mean nothing.
@@ -80,7 +81,15 @@ class Retrieval:
     process: Process
 
 
-Record: TypeAlias = Ending | Staying | Retrieval
+@attrs.frozen(kw_only=True)
+class Successor:
+    """A luod of this generation may have served."""
+
+    type: ClassVar[str] = "successor"
+    generation: int
+
+
+Record: TypeAlias = Ending | Staying | Retrieval | Successor
 
 _CODEC: Final[Codec[Record]] = Codec(get_args(Record))
 

@@ -1,7 +1,8 @@
 """What an old daemon and its successor say to each other, over a SEQPACKET socket of their own. Version 1 of the handover.
 
-The order of things is in `old_table` and `new_table`. Both sides are luods, perhaps of different releases: `meet` and `offer` keep their
-fields for ever, all others belong to the version agreed on.
+The order of things is in `old_table` and `new_table`. Both sides are luods, perhaps of different releases: `meet`, `offer` and `declined`
+can be read for ever. They keep their fields and their fds; a later release may add fields, with defaults, which an earlier one ignores. All
+others belong to the version agreed on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Meet:
 
 @attrs.frozen(kw_only=True)
 class Offer:
-    """Old to new: come in. fds: the runtime directory's lock, the listening sockets in the order of `endpoints`, the old daemon's pidfd.
+    """Old to new: come in. `handover` is the version agreed on. fds: the runtime directory's lock, the listening sockets in the order of
+    `endpoints`, the old daemon's pidfd.
 
     `bound` names the sockets that luod bound itself; the others are the service manager's.
     """
@@ -71,6 +73,15 @@ class Box:
 
 
 @attrs.frozen(kw_only=True)
+class OpaqueBox:
+    """Old to new: a preserved session that the old daemon can't read, and what the service manager calls it, if it holds it. fds: its
+    box."""
+
+    type: ClassVar[str] = "opaque"
+    stored: str
+
+
+@attrs.frozen(kw_only=True)
 class Gone:
     """Old to new: a preserved session has ended. Answered by `let-go`."""
 
@@ -88,7 +99,7 @@ class LetGo:
 
 @attrs.frozen(kw_only=True)
 class Retrieved:
-    """Old to new: a process has fds of a session now."""
+    """Old to new: a process has fds of a session, perhaps of an opaque one."""
 
     type: ClassVar[str] = "retrieved"
     session_id: bytes
@@ -169,12 +180,13 @@ class Connection:
 @attrs.frozen(kw_only=True)
 class Frozen:
     """Old to new: that is all. `since_us` is when the freeze began, in microseconds of CLOCK_MONOTONIC; `stored_others` are the names in
-    the service manager's store that are no session's box."""
+    the service manager's store that are no session's box, those of opaque boxes among them."""
 
     type: ClassVar[str] = "frozen"
     since_us: int
     connections: int
     sessions: int
+    opaque: int
     stored_others: tuple[str, ...]
 
 
@@ -190,6 +202,7 @@ Handover: TypeAlias = (
     | Offer
     | Declined
     | Box
+    | OpaqueBox
     | Gone
     | LetGo
     | Retrieved
@@ -204,7 +217,7 @@ Handover: TypeAlias = (
     | Serving
 )
 
-CODEC: Codec[Handover] = Codec(get_args(Handover))
+CODEC: Codec[Handover] = Codec(get_args(Handover), tolerant=(Meet, Offer, Declined))
 
 
 def fds_of(message: Handover) -> int:
@@ -212,7 +225,7 @@ def fds_of(message: Handover) -> int:
     match message:
         case Offer():
             return 2 + len(message.endpoints)
-        case Box() | Connection():
+        case Box() | OpaqueBox() | Connection():
             return 1
         case StagedEntries():
             return len(message.entries)

@@ -9,7 +9,7 @@ the server ready to be thawed.
 Unhappy paths: those of `new_table`. `Left` means that this process must end without having served.
 
 When something that came can't be used the handover is declined, for the old daemon has it all. If that is dead by then, what came is
-nowhere else: that part is logged and dropped, and the rest is kept.
+nowhere else: that part is logged and dropped, and the rest is kept. What was opaque to the old daemon is kept whatever it is (`opaque`).
 
 Invariants: nothing is read from a client, and nothing is accepted, before `run` returns. When the old daemon is dead, whatever was sent is
 read to the end first.
@@ -28,9 +28,9 @@ import trio
 
 from luod import manifest, verify
 from luod.handlers.base import Mismatch
-from luod.manifest import ManifestFault, ManifestFromTheFuture
+from luod.manifest import ForeignManifest, ManifestFault
 from luod.session import Session, Staged, weigh
-from luod.store import Ended, Store
+from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
 from luod.succession.messages import (
     VERSIONS,
@@ -44,6 +44,7 @@ from luod.succession.messages import (
     LetGo,
     Meet,
     Offer,
+    OpaqueBox,
     OpenSession,
     Retrieved,
     Serving,
@@ -53,14 +54,19 @@ from luod.succession.messages import (
     Verified,
 )
 from luod.succession.new_table import NewEvent, NewState, step
+from luod.succession.opaque import examine
 from luod.system import Process
 from luod_protocol.box import BoxFault
 from luod_protocol.errors import FaultCode, LuodError, ProtocolFault
 from luod_protocol.fds import OwnedFd, close_all
+from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE, WIRE
 
-FAILURES = (Mismatch, BoxFault, ManifestFault, ManifestFromTheFuture, ProtocolFault, OSError)
+FAILURES = (Mismatch, BoxFault, ManifestFault, ForeignManifest, ProtocolFault, OSError)
 """What declines a handover: something that came isn't what it should be, or can't be taken."""
+
+ENDED = (BrokenPipeError, ConnectionResetError)
+"""What a send says when the old daemon has closed its end; the second, when it had not read all that it was sent."""
 
 DEATH_S = 5.0
 """How long after the end of the socket the old daemon's death is waited for, in seconds: a killed process closes its files first."""
@@ -82,6 +88,8 @@ class Heir(Protocol):
     def store(self) -> Store: ...
 
     def adopt_session(self, session: Session) -> None: ...
+
+    def adopt_opaque(self, opaque: Opaque) -> None: ...
 
     async def drop_session(self, ended: Ended) -> None: ...
 
@@ -175,6 +183,9 @@ class NewSide:
                 raise Left(f"the old daemon declined: {message.reason}")
             case Box():
                 self._take_box(message, fds)
+            case OpaqueBox():
+                # Whatever it is: the old daemon could not tell either, and it must not be lost.
+                self._ready_heir.adopt_opaque(examine(fds.pop(), message.stored, self._ready_heir.boot_id))
             case Gone():
                 await self._ready_heir.drop_session(message.ended)
                 await self._send(LetGo(session_id=message.ended.session_id))
@@ -208,6 +219,11 @@ class NewSide:
     # ----------------------------------------------------------------------------------------------- what is preserved
 
     def _take_offer(self, offer: Offer, fds: list[OwnedFd]) -> None:
+        if offer.handover not in VERSIONS:
+            raise Mismatch(f"luod {offer.luod:.64} offers handover version {offer.handover}, this luod speaks {VERSIONS}")
+        strange = [repr(name[:64]) for name in offer.endpoints if name not in set(Endpoint)]
+        if strange:
+            raise Mismatch(f"luod {offer.luod:.64} serves at {', '.join(strange[:3])}, which this luod doesn't")
         self._step(NewEvent.OFFERED)
         self.predecessor = fds.pop()
         lock, *listeners = fds
@@ -235,6 +251,8 @@ class NewSide:
 
     def _take_connection(self, message: Connection, fds: list[OwnedFd]) -> None:
         heir = self._ready_heir
+        if message.version and message.version not in WIRE:
+            raise Mismatch(f"process {message.client.pid} speaks wire version {message.version}, this luod {WIRE}")
         if self._opening is not None:
             (opened, staged), self._opening = self._opening, None
             if len(staged) != opened.entries or message.session_id != opened.session_id:
@@ -260,12 +278,14 @@ class NewSide:
             raise Mismatch(f"{self._live} of {message.connections} connections came")
         if message.sessions != len(self._ready_heir.store):
             raise Mismatch(f"{len(self._ready_heir.store)} of {message.sessions} sessions came")
+        if message.opaque != len(self._ready_heir.store.opaque):
+            raise Mismatch(f"{len(self._ready_heir.store.opaque)} of {message.opaque} opaque boxes came")
         self._step(NewEvent.FROZEN)
         self.since_us = message.since_us
         self.stored_others = message.stored_others
         try:
             self._channel.send_now(Serving())
-        except OSError:
+        except ENDED:
             return  # its last words, or the end of the socket, tell whether the old daemon is dead or has thawed
         self._step(NewEvent.COMMITTED)
 
@@ -300,7 +320,7 @@ class NewSide:
     async def _send(self, message: Handover) -> None:
         try:
             await self._channel.send(message)
-        except BrokenPipeError:
+        except ENDED:
             # The old daemon is gone or has ended it: what it had sent is still to be read, and says which.
             return
 

@@ -4,13 +4,16 @@ Theory. The log is what makes the copy true: from the moment at which the copy b
 to the successor before the client is answered (`tell`), on the same ordered socket as the copy. So at any moment the successor has all that
 was answered, and what a dead daemon had queued is still read.
 
-Happy path: `run` meets the successor, copies, freezes, sends what is live, and returns when `serving` was read and the service manager,
-where there is one, knows the successor as the main process. The process then ends.
+Happy path: `run` waits until this daemon's own predecessor is gone, meets the successor, copies, freezes, sends what is live, and returns
+when `serving` was read and the service manager, where there is one, knows the successor as the main process. The process then ends.
 
 Unhappy paths: those of `old_table`. Each ends in `HandoverFailed`, after the gate is open again, the successor is gone, and everybody who
-waited for it in `tell` goes on.
+waited for it in `tell` goes on. A system call that fails, for a lack of memory or descriptors, ends the handover at once; but the queue is
+read to its end all the same, for a commit may lie in it.
 
-Invariants: only receives are cancelled by the freeze; no step waits for a client; each wait for the successor is bounded.
+Invariants: what the successor can't carry is refused before the freeze; only receives are cancelled by the freeze; no step waits for a
+client; each wait for the successor is bounded. A successor that failed is told so or killed before this daemon serves on: it never finds
+the socket's end alone while this daemon may still die.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from luod.succession.messages import (
     LetGo,
     Meet,
     Offer,
+    OpaqueBox,
     OpenSession,
     Retrieved,
     Serving,
@@ -50,7 +54,7 @@ from luod.succession.messages import (
     Verified,
 )
 from luod.succession.old_table import OldEvent, OldState, step
-from luod.succession.other import reap, see_off
+from luod.succession.other import kill, reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
 from luod_protocol.errors import LuodError, ProtocolFault
@@ -67,8 +71,8 @@ BUG = "luod has a bug in its handover and logged it"
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
 
-ENDED = (errno.EPIPE, errno.ECONNRESET)
-"""What a send says when the other end is gone."""
+HEAR_AGAIN_S = 0.01
+"""How long until what could not be received is received again, in seconds."""
 
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
@@ -105,9 +109,15 @@ class Host(Protocol):
 
     def connections(self) -> Iterable[tuple[Session | None, Sequence[tuple[Handover, Sequence[int]]]]]: ...
 
-    def wire_versions(self) -> set[int]: ...
+    def speakers(self) -> Iterable[tuple[int, int]]: ...
 
     def stored_others(self) -> tuple[str, ...]: ...
+
+    def tell_monitors(self, event: str, detail: str) -> None: ...
+
+    def note_successor(self) -> None: ...
+
+    async def settled(self) -> None: ...
 
     async def announce(self, pid: int) -> None: ...
 
@@ -132,6 +142,8 @@ class OldSide:
         self._successor = successor
         self._bounds = bounds
         self._logging = False
+        self._leaving = False
+        self._settling = trio.CancelScope()
         self._over = trio.Event()
         self._deaf = trio.Event()
         self._serving_read = False
@@ -149,16 +161,22 @@ class OldSide:
         """
         reason = "this daemon is stopping"
         try:
+            await self._settle()
             self._step(OldEvent.SUCCESSOR_STARTED)
             self._host.start_soon(self._listen)
             meet = await self._meet()
             await self._copy(self._offered)
+            # Once more, for clients went on, and open sessions and connections are not in the log.
+            self._refuse_what_it_can_not_carry(meet)
             await self._freeze()
             await self._commit()
             await self._release(meet.pid)
         except HandoverFailed as failure:
             reason = str(failure)
             raise
+        except OSError as error:
+            reason = f"luod can't hand over: {error.strerror}"
+            raise HandoverFailed(reason) from error
         except Exception as bug:
             reason = BUG
             log.exception(BUG)
@@ -169,29 +187,30 @@ class OldSide:
                 self._channel.close()
                 self._successor.close()
             else:
-                self._logging = False
+                self._leaving, self._logging = self._logging, False
+                if not self._channel.close(reason):
+                    # It would take the end of the socket for this daemon's death, should that come before its own, and serve what it has.
+                    kill(self._successor.fileno())
                 self._host.gate.open()
                 self._host.door.open()
                 gc.enable()
-                self._channel.close(reason)
                 with trio.CancelScope(shield=True):
                     await self._see_off()
             self._over.set()
+
+    async def _settle(self) -> None:
+        # A successor looks after its predecessor's end, and knows of no other; and the manager takes a main process from the last one only.
+        with self._settling:
+            await self._host.settled()
+        if self._settling.cancelled_caught:
+            raise HandoverFailed("this luod was told to stop")
 
     async def _meet(self) -> Meet:
         """Returns who the successor is. What is finalized now is to be copied; all that changes from the same moment on is in the log."""
         event, meet = await self._next(self._bounds.meet_s, "the successor did not say who it is")
         if event is not OldEvent.ACCEPTED or not isinstance(meet, Meet):
             self._fail(event, meet)
-        manifests = {session.sealed.manifest.version for session in self._host.store if session.sealed is not None}
-        missing = obstacles(
-            meet,
-            manifests=manifests,
-            wires=self._host.wire_versions(),
-            kinds={kind for session in self._host.store for kind in session.kinds},
-        )
-        if missing:
-            self._fail(OldEvent.DECLINED, f"luod {meet.luod} can't carry what is held here: {'; '.join(missing)}")
+        self._refuse_what_it_can_not_carry(meet)
         self._step(OldEvent.ACCEPTED)
         self._logging = True
         self._offered = [session for session in self._host.store if session.sealed is not None]
@@ -199,7 +218,7 @@ class OldSide:
         offer = Offer(
             luod=RELEASE,
             pid=os.getpid(),
-            handover=VERSIONS.high,
+            handover=VERSIONS.common(meet.handover) or 0,
             generation=self._host.generation,
             directory=self._host.directory,
             endpoints=endpoints,
@@ -215,12 +234,22 @@ class OldSide:
             await self._send(offer, [*fds, pidfd.fileno()])
         return meet
 
+    def _refuse_what_it_can_not_carry(self, meet: Meet) -> None:
+        missing = obstacles(meet, sessions=self._host.store, speakers=self._host.speakers())
+        if missing:
+            self._fail(OldEvent.DECLINED, f"luod {meet.luod:.64} can't carry what is held here: {'; '.join(missing)}")
+
     async def _copy(self, finalized: Sequence[Session]) -> None:
         for session in finalized:
             try:
                 await self._send_box(session, self._send)
             except OSError as error:  # no descriptor for a duplicate
                 self._fail(OldEvent.LATE, _cannot(error))
+        for opaque in self._host.store.opaque:
+            await self._send(OpaqueBox(stored=opaque.stored), [opaque.box.fileno()])
+        for session_id, processes in self._host.store.retrieved.items():
+            for process in processes:
+                await self._send(Retrieved(session_id=session_id, process=process))
         await self._send(Copied())
         event, said = await self._next(self._bounds.copy_s, "the successor did not verify what it was sent")
         if event is not OldEvent.VERIFIED:
@@ -228,6 +257,7 @@ class OldSide:
         self._step(event)
 
     async def _freeze(self) -> None:
+        self._host.tell_monitors("freezing", f"generation {self._host.generation}")
         # First the door, where nobody waits for an answer: less is left to be done in the pause.
         self._host.door.close()
         await self._host.door.still()
@@ -245,11 +275,11 @@ class OldSide:
         said: Handover | str = f"the successor did not serve within {self._bounds.commit_s:g} s after the freeze"
         with trio.move_on_after(self._bounds.commit_s):
             try:
-                unsent = await self._try_send_live()
-                if unsent:
-                    said = unsent
-                else:
-                    event, said = await self._events.receive()
+                try:
+                    await self._send_live()
+                except OSError as error:
+                    self._unsent(error)
+                event, said = await self._events.receive()
             except Exception:
                 # Frozen: whatever it is, there is one way back.
                 event, said = OldEvent.DECLINED, BUG
@@ -267,16 +297,8 @@ class OldSide:
         if found is OldEvent.QUEUE_EMPTY:
             raise HandoverFailed(f"after the freeze: {said}")
 
-    async def _try_send_live(self) -> str:
-        """Send what is live. Returns why this process can't, or nothing."""
-        try:
-            await self._send_live()
-        except OSError as error:
-            if error.errno not in ENDED:
-                return _cannot(error)
-        return ""
-
     async def _send_live(self) -> None:
+        self._host.note_successor()
         connections = 0
         for session, messages in self._host.connections():
             if session is not None and session.sealed is None:
@@ -289,6 +311,7 @@ class OldSide:
                 since_us=self._since_us,
                 connections=connections,
                 sessions=len(self._host.store),
+                opaque=len(self._host.store.opaque),
                 stored_others=self._host.stored_others(),
             )
         )
@@ -318,13 +341,14 @@ class OldSide:
                 break
             except ManagerGone:
                 break
-            except ManagerFault as error:
+            except (ManagerFault, OSError) as error:
                 log.error("the service manager has not confirmed process %d as the main process of the service: %s", successor, error)
                 await trio.sleep(ANNOUNCE_AGAIN_S)
         self._step(OldEvent.CONFIRMED)
 
     async def stop(self) -> None:
         """This daemon is to end: give up, unless it is frozen, when the successor is a moment from serving; returns when it is decided."""
+        self._settling.cancel()
         if self.state not in (OldState.FROZEN, OldState.DRAINING):
             self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
         await self._over.wait()
@@ -333,9 +357,11 @@ class OldSide:
 
     async def tell(self, changes: Sequence[Change]) -> None:
         """Log before reply: returns when the successor has been sent `changes`, and has closed its copies of what ended. Returns at
-        once when there is no successor to tell, and when this attempt has failed. Call it right after the change, without a checkpoint in
-        between: the log has the order of the changes."""
+        once when there is no successor to tell; when this attempt has failed, as soon as the successor has no copies of what ended. Call
+        it right after the change, without a checkpoint in between: the log has the order of the changes."""
         if not self._logging:
+            if self._leaving and any(isinstance(change, Departure) for change in changes):
+                await self._over.wait()
             return
         for change in changes:
             try:
@@ -344,12 +370,10 @@ class OldSide:
                 continue
             except trio.TooSlowError:
                 self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
-            except trio.ClosedResourceError:
-                pass
             except OSError as error:
-                # The end of the socket the listener has heard of too.
-                if error.errno not in ENDED:
-                    self._post.send_nowait((OldEvent.LATE, _cannot(error)))
+                self._unsent(error)
+            except trio.ClosedResourceError:
+                pass  # it is over
             await self._over.wait()
             return
 
@@ -381,10 +405,14 @@ class OldSide:
         except trio.TooSlowError:
             self._fail(OldEvent.LATE, f"the successor took nothing for {self._bounds.copy_s:g} s")
         except OSError as error:
-            if error.errno not in ENDED:
-                self._fail(OldEvent.LATE, _cannot(error))
-            event, said = await self._events.receive()
+            self._unsent(error)
+            event, said = await self._next(self._bounds.copy_s, "the successor has closed its end, and its end did not come")
             self._fail(event, said)
+
+    def _unsent(self, error: OSError) -> None:
+        """A send has failed. When the successor has closed its end the listener hears of it, and of the reason; of all else it does not."""
+        if error.errno != errno.EPIPE:
+            self._post.send_nowait((OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}"))
 
     async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
         with trio.move_on_after(seconds):
@@ -408,6 +436,7 @@ class OldSide:
             self._deaf.set()
 
     async def _listen_to_end(self) -> None:
+        is_told = False
         while True:
             try:
                 received = await self._channel.receive()
@@ -415,9 +444,17 @@ class OldSide:
                 # Read on: a commit may lie behind it.
                 self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be understood: {error}"))
                 continue
-            except (OSError, trio.ClosedResourceError) as error:
-                self._post.send_nowait((OldEvent.LOST, f"the successor can't be heard: {error}"))
+            except trio.ClosedResourceError:
                 return
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    return  # closed: this attempt is over
+                # It isn't the end of the queue.
+                if not is_told:
+                    self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be heard: {error.strerror}"))
+                    is_told = True
+                await trio.sleep(HEAR_AGAIN_S)
+                continue
             if received is None:
                 self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
                 return

@@ -43,6 +43,12 @@ def peer_pidfd(sock: socket.socket, pid: int) -> OwnedFd:
             raise Refusal(Code.UPGRADE_FAILED, f"process {pid} can't be watched: {error.strerror}") from None
 
 
+def kill(pidfd: int) -> None:
+    """Kill the process of a borrowed pidfd, if it is there and may be killed."""
+    with suppress(ProcessLookupError, PermissionError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
 async def left(pidfd: int, patience_s: float) -> bool:
     """Return when a predecessor (its pidfd, borrowed) is gone, or after `patience_s` seconds. Whether it is.
 
@@ -85,8 +91,7 @@ async def see_off(pidfd: int, patience_s: float) -> bool:
     with trio.move_on_after(patience_s):
         await trio.lowlevel.wait_readable(pidfd)
         return False
-    with suppress(ProcessLookupError, PermissionError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    kill(pidfd)
     with trio.move_on_after(KILLED_S):
         await trio.lowlevel.wait_readable(pidfd)
     return True

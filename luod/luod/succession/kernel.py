@@ -1,0 +1,386 @@
+"""The succession by the kernel: finalized sessions are carried through a kexec by /dev/liveupdate.
+
+Theory. A session is taken out of its box, fd by fd, and preserved in kernel sessions of its own, 128 fds each, with its parcel
+(`parcel`) in the first. In the next kernel it is put into a box again and adopted. This works while clients are served: the fds are the
+same objects, and what is written to a memfd afterwards travels as well.
+
+Happy path: `Cargo.load` for each session, `Cargo.seal`, the kexec; `unload`, and `Hold.let_go` when a session is finished.
+
+Unhappy paths:
+1. The kernel refuses one fd: `load` raises, nothing of that session is preserved.
+2. Two entries, of one session or of two, are the same memfd, which the kernel takes once: the second borrows. When the lender ends,
+   `drop` ends the borrowers' preservation too and tells which, so that they are loaded again.
+3. A session can't be unloaded (the kernel failed, a parcel of a newer version): it is lost, with a reason that is told; the others come.
+4. There is no index: nothing was carried.
+
+Invariants: a file of the last kernel counts as preserved until its kernel session is finished, so nothing is loaded while a `Hold`
+holds any. A memfd comes back with no more rights than it had: read-only stays read-only, and so do its permissions, which guard
+/proc/self/fd. Nothing here is called by two threads at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from luod import verify
+from luod.handlers.base import Mismatch
+from luod.manifest import ForeignManifest, ManifestFault
+from luod.session import Session
+from luod.succession.liveupdate import MAX_FILES, Kept, LiveUpdateFault, Opening
+from luod.succession.parcel import (
+    INDEX,
+    PARCEL_TOKEN,
+    VERSION,
+    Index,
+    Parcel,
+    ParcelFault,
+    Place,
+    Shipped,
+    decode_index,
+    decode_parcel,
+    encode,
+    part_name,
+)
+from luod_protocol import box
+from luod_protocol.box import BoxFault
+from luod_protocol.fds import OwnedFd, close_all
+
+PATIENCE_S: Final = 10.0
+"""How long the device may be in another process's use, in seconds, where waiting harms nobody."""
+
+_KEPT_FLAGS: Final = os.O_APPEND | os.O_NONBLOCK
+"""What of the file status flags is restored; the kernel brings none."""
+_F_SEAL_EXEC: Final = 0x20
+_GUARDS: Final = 0o666
+
+log = logging.getLogger("luod")
+
+
+class NotUnloaded(Exception):
+    """A session that can't be had back."""
+
+
+@attrs.frozen(kw_only=True)
+class _Loaded:
+    """A session that is preserved: its kernel sessions, and from which others it borrows."""
+
+    shipped: Shipped
+    sessions: list[Kept]
+    lenders: frozenset[bytes]
+    files: int
+
+
+class Cargo:
+    """What the kernel is to carry. Closing it unpreserves everything.
+
+    Args:
+        opening: opens the device.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        self._loaded: dict[bytes, _Loaded] = {}
+        self._lent: dict[tuple[int, int], tuple[bytes, int]] = {}
+        """Device and inode of a memfd: the session that has it, and the token."""
+        self._index: Kept | None = None
+
+    def __contains__(self, session_id: bytes) -> bool:
+        return session_id in self._loaded
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def files(self) -> int:
+        """How many entries are preserved."""
+        return sum(each.files for each in self._loaded.values())
+
+    def load(self, session: Session, sealed: int) -> None:
+        """Preserve a finalized session, whose box `sealed` (borrowed) is. Takes long for large memfds: their holes are filled.
+
+        Raises:
+            LiveUpdateFault: the kernel refuses; nothing of it is preserved.
+            BoxFault, OSError: the box can't be opened.
+        """
+        assert session.sealed is not None
+        manifest = session.sealed.manifest
+        parts = parts_of(len(manifest.entries))
+        sessions = self._created([part_name(session.session_id, part) for part in range(parts)])
+        lent: dict[tuple[int, int], tuple[bytes, int]] = {}
+        places: list[Place] = []
+        try:
+            for start in range(0, len(manifest.entries), MAX_FILES):
+                entries = manifest.entries[start : start + MAX_FILES]
+                fds = box.look(sealed, range(start, start + len(entries)))
+                try:
+                    for entry, fd in zip(entries, fds, strict=True):
+                        try:
+                            places.append(self._placed(session.session_id, entry.kind, fd.fileno(), len(places) + 1, sessions, lent))
+                        except LiveUpdateFault as error:
+                            raise LiveUpdateFault(f"entry {entry.name!r}: {error.reason}", error.errno) from None
+                finally:
+                    close_all(fds)
+            parcel = Parcel(version=VERSION, manifest=box.manifest_of(sealed), places=tuple(places))
+            _preserve_record(sessions[0], encode(parcel))
+        except BaseException:
+            _close(sessions)
+            raise
+        self._lent |= lent
+        self._loaded[session.session_id] = _Loaded(
+            shipped=Shipped(session_id=session.session_id, session=session.name, owner=session.owner, parts=parts),
+            sessions=sessions,
+            lenders=frozenset(place.lender for place in places if place.lender),
+            files=len(places),
+        )
+
+    def _created(self, names: Sequence[str]) -> list[Kept]:
+        sessions: list[Kept] = []
+        device = self._opening(patience_s=PATIENCE_S)
+        try:
+            sessions.extend(device.create(name) for name in names)
+        except BaseException:
+            _close(sessions)
+            raise
+        finally:
+            device.close()
+        return sessions
+
+    def _placed(
+        self, own: bytes, kind: str, fd: int, token: int, sessions: Sequence[Kept], lent: dict[tuple[int, int], tuple[bytes, int]]
+    ) -> Place:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if kind != "memfd":
+            # All anonymous inodes are one, so nothing says which of these are the same.
+            sessions[token // MAX_FILES].preserve(fd, token)
+            return Place(lender=b"", token=token, flags=flags, position=0, mode=0)
+        status = os.fstat(fd)
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & _GUARDS != _GUARDS and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _F_SEAL_EXEC:
+            raise LiveUpdateFault("its permissions can't be restored, for it has the seal `exec`: give it mode 0666")
+        key = (status.st_dev, status.st_ino)
+        lender, place = lent.get(key) or self._lent.get(key) or (own, token)
+        if (lender, place) == (own, token):
+            sessions[token // MAX_FILES].preserve(fd, token)
+            lent[key] = (own, token)
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        return Place(lender=b"" if lender == own else lender, token=place, flags=flags, position=position, mode=mode)
+
+    def drop(self, session_id: bytes) -> list[bytes]:
+        """Unpreserve a session, if it is preserved, and those that borrow from it. Returns the ids of these."""
+        if session_id not in self._loaded:
+            return []
+        dropped = [session_id]
+        for each in dropped:
+            dropped += [one for one, loaded in self._loaded.items() if each in loaded.lenders and one not in dropped]
+        for each in dropped:
+            self._lent = {key: place for key, place in self._lent.items() if place[0] != each}
+            _close(self._loaded.pop(each).sessions)
+        return dropped[1:]
+
+    def seal(self, index: Callable[[tuple[Shipped, ...]], Index]) -> None:
+        """Preserve the index of all that is loaded: what the next kernel's luod looks for. Waits for nobody.
+
+        Raises:
+            LiveUpdateFault: it can't be; the sessions still are.
+        """
+        device = self._opening(patience_s=0)
+        try:
+            session = device.create(INDEX)
+        finally:
+            device.close()
+        try:
+            _preserve_record(session, encode(index(tuple(each.shipped for each in self._loaded.values()))))
+        except BaseException:
+            session.close()
+            raise
+        self._index = session
+
+    def close(self) -> None:
+        """Unpreserve everything."""
+        _close([*([self._index] if self._index is not None else []), *(one for each in self._loaded.values() for one in each.sessions)])
+        self._index, self._loaded, self._lent = None, {}, {}
+
+
+class Hold:
+    """The kernel sessions of the last kernel, by session. A session's are finished when it is, or all before a next update."""
+
+    def __init__(self, sessions: Mapping[bytes, list[Kept]]) -> None:
+        self._sessions = dict(sessions)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __contains__(self, session_id: bytes) -> bool:
+        return session_id in self._sessions
+
+    def let_go(self, session_id: bytes) -> None:
+        """A session has ended: the kernel need not hold anything of it. Does nothing for any other."""
+        for each in self._sessions.pop(session_id, ()):
+            _finish(each)
+
+    def let_all_go(self) -> None:
+        """Finish all."""
+        for each in list(self._sessions):
+            self.let_go(each)
+
+
+@attrs.frozen(kw_only=True)
+class Arrival:
+    """What the last kernel brought: sessions, oldest first, the kernel sessions that they came in, and `lost`, what could not be had
+    back."""
+
+    index: Index
+    sessions: list[Session]
+    hold: Hold
+    lost: tuple[str, ...]
+
+
+def parts_of(entries: int) -> int:
+    """How many kernel sessions a session with so many entries takes."""
+    return entries // MAX_FILES + 1
+
+
+def unload(opening: Opening, boot_id: str) -> Arrival | None:
+    """What the last kernel brought, or None when it brought nothing. The caller owns all of it.
+
+    Raises:
+        LiveUpdateFault: the device can't be opened.
+    """
+    device = opening(patience_s=PATIENCE_S)
+    came: dict[bytes, list[Kept]] = {}
+    try:
+        try:
+            session = device.retrieve(INDEX)
+        except LiveUpdateFault as error:
+            if not error.is_absent:
+                log.error("what the last kernel brought can't be had: %s", error)
+            return None
+        try:
+            index = decode_index(_record(session))
+        except (ParcelFault, LiveUpdateFault, OSError) as error:
+            log.error("the last kernel brought sessions that are lost: %s: %s", INDEX, error)
+            return None
+        finally:
+            _finish(session)
+        lost: list[str] = []
+        for shipped in index.sessions:
+            sessions = came[shipped.session_id] = []
+            try:
+                sessions.extend(device.retrieve(part_name(shipped.session_id, part)) for part in range(shipped.parts))
+            except LiveUpdateFault as error:
+                _lose(shipped, str(error), came, lost)
+    finally:
+        device.close()
+    parcels = {each.session_id: _parcel(each, came, lost) for each in index.sessions if each.session_id in came}
+    adopted: list[Session] = []
+    for shipped in index.sessions:
+        parcel = parcels.get(shipped.session_id)
+        if parcel is not None:
+            try:
+                adopted.append(_boxed(shipped, parcel, came, boot_id))
+            except (NotUnloaded, LiveUpdateFault, OSError, Mismatch, BoxFault, ManifestFault, ForeignManifest) as error:
+                _lose(shipped, str(error), {}, lost)
+    _guard(parcels, came)
+    held = {session.session_id for session in adopted}
+    for session_id in set(came) - held:
+        _close(came.pop(session_id))
+    adopted.sort(key=lambda each: each.sealed.manifest.finalized_at if each.sealed is not None else 0.0)
+    return Arrival(index=index, sessions=adopted, hold=Hold(came), lost=tuple(lost))
+
+
+def _lose(shipped: Shipped, why: str, came: dict[bytes, list[Kept]], lost: list[str]) -> None:
+    log.error("session %r of uid %d is lost, it did not come through the kexec: %s", shipped.session, shipped.owner, why)
+    lost.append(f"{shipped.session} of uid {shipped.owner}: {why}")
+    _close(came.pop(shipped.session_id, []))
+
+
+def _parcel(shipped: Shipped, came: dict[bytes, list[Kept]], lost: list[str]) -> Parcel | None:
+    try:
+        return decode_parcel(_record(came[shipped.session_id][0]))
+    except (ParcelFault, LiveUpdateFault, OSError) as error:
+        _lose(shipped, str(error), came, lost)
+        return None
+
+
+def _boxed(shipped: Shipped, parcel: Parcel, came: Mapping[bytes, list[Kept]], boot_id: str) -> Session:
+    fds: list[OwnedFd] = []
+    try:
+        for number, place in enumerate(parcel.places, 1):
+            lender = place.lender or shipped.session_id
+            if lender not in came:
+                raise NotUnloaded(f"it shares a memfd with session {lender.hex()}, which did not come")
+            fd = came[lender][place.token // MAX_FILES].retrieve(place.token)
+            with fd:
+                fds.append(_as_it_was(fd, place, alone=lender == shipped.session_id and place.token == number))
+        sealed = box.seal(parcel.manifest, [fd.fileno() for fd in fds])
+    finally:
+        close_all(fds)
+    try:
+        return Session.adopted(verify.boxed(sealed.fileno(), boot_id), sealed, (), stored="")
+    except BaseException:
+        sealed.close()
+        raise
+
+
+def _as_it_was(fd: OwnedFd, place: Place, *, alone: bool) -> OwnedFd:
+    """The fd of an entry from what was retrieved, which is open for reading and writing. `alone`: the file position is the entry's own."""
+    access = place.flags & os.O_ACCMODE
+    number = fd.fileno()
+    if not stat.S_ISREG(os.fstat(number).st_mode) or (alone and access == os.O_RDWR):
+        own = OwnedFd(fd.take())
+    else:
+        position = os.lseek(number, 0, os.SEEK_CUR) if alone else place.position
+        own = OwnedFd(os.open(f"/proc/self/fd/{number}", access | os.O_CLOEXEC))
+        os.lseek(own.fileno(), position, os.SEEK_SET)
+    if place.flags & _KEPT_FLAGS:
+        fcntl.fcntl(own.fileno(), fcntl.F_SETFL, place.flags & _KEPT_FLAGS)
+    return own
+
+
+def _guard(parcels: Mapping[bytes, Parcel | None], came: Mapping[bytes, list[Kept]]) -> None:
+    """Restore the permissions of memfds, after all that had to be opened anew was."""
+    for session_id, parcel in parcels.items():
+        for place in parcel.places if parcel is not None else ():
+            sessions = came.get(place.lender or session_id)
+            if sessions is None or not place.mode:
+                continue
+            with sessions[place.token // MAX_FILES].retrieve(place.token) as fd:
+                if stat.S_IMODE(os.fstat(fd.fileno()).st_mode) & _GUARDS != place.mode & _GUARDS:
+                    os.fchmod(fd.fileno(), place.mode)
+
+
+def _preserve_record(session: Kept, data: bytes) -> None:
+    with OwnedFd(os.memfd_create("luod-record", os.MFD_CLOEXEC)) as memfd:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(memfd.fileno(), view) :]
+        session.preserve(memfd.fileno(), PARCEL_TOKEN)
+
+
+def _record(session: Kept) -> bytes:
+    with session.retrieve(PARCEL_TOKEN) as memfd:
+        size = os.fstat(memfd.fileno()).st_size
+        data = b""
+        while len(data) < size and (part := os.pread(memfd.fileno(), size - len(data), len(data))):
+            data += part
+        return data
+
+
+def _finish(session: Kept) -> None:
+    try:
+        session.finish()
+    except LiveUpdateFault as error:
+        log.warning("the kernel: %s", error)
+    session.close()
+
+
+def _close(sessions: Iterable[Kept]) -> None:
+    for each in sessions:
+        each.close()

@@ -1,0 +1,48 @@
+"""A part of the matrix of faults (`make faults` runs the whole): a kill at every step without a manager, and a handful with one."""
+
+from __future__ import annotations
+
+import pytest
+
+from matrix.cell import Cell, find_steps
+from matrix.hosts import HOSTS
+from matrix.rules import Word
+from matrix.steps import Step, missing
+from systemd_rig import unable, why_not
+
+pytestmark = pytest.mark.slow
+
+SHARES = 12
+"""In so many tests: they run beside each other."""
+
+HANDFUL = (
+    ("old/after-send:frozen", "kill", Word.RESTARTED),
+    ("new/before-send:verified", "no", Word.OLD),
+    ("new/after-send:serving", "kill", Word.RESTARTED),
+    ("old/before-tell:MAINPID", "hang", Word.RESTARTED),
+    ("old/after-tell:MAINPID", "kill", Word.NEW),
+)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_killed_at_every_step_without_a_manager(share: int) -> None:
+    with HOSTS["plain"]() as host:
+        steps = find_steps(host)
+        assert not missing(steps), "the story must make luod send every message"
+        assert len(steps) > SHARES
+        for step in steps[share::SHARES]:
+            try:
+                Cell(host, step, "kill").run()
+            except AssertionError as error:
+                raise AssertionError(f"kill at {step.name}: {error}") from error
+
+
+@pytest.mark.parametrize("name", ["supervised", "systemd"])
+def test_some_faults_under_a_manager(name: str) -> None:
+    if name == "systemd" and (reason := why_not()):
+        unable(reason)
+    with HOSTS[name]() as host:
+        for step_name, fault, word in HANDFUL:
+            step = Step.parse(step_name)
+            assert step is not None
+            assert Cell(host, step, fault).run() is word, f"{fault} at {step_name}"

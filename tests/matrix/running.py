@@ -1,0 +1,54 @@
+"""Cells in a worker process. Not in `__main__`, which a spawned process doesn't import."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Final
+
+import attrs
+
+from leftovers import time_limit
+from matrix.cell import Cell
+from matrix.hosts import HOSTS, Host
+from matrix.steps import Step
+
+CELL_S: Final = 120.0
+VIOLATION: Final = "VIOLATION"
+
+
+@attrs.frozen
+class Try:
+    """A cell, and what came of it."""
+
+    host: str
+    step: Step
+    fault: str
+    outcome: str = ""
+    violation: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.step.name} {self.fault} ({self.host})"
+
+
+def _one(host: Host, cell: Try) -> Try:
+    try:
+        with time_limit(CELL_S):
+            return attrs.evolve(cell, outcome=Cell(host, cell.step, cell.fault).run().value)
+    except Exception:
+        return attrs.evolve(cell, outcome=VIOLATION, violation=traceback.format_exc())
+
+
+def run_chunk(cells: Sequence[Try]) -> list[Try]:
+    """Run cells of one kind of host, on one; on another after a violation."""
+    done: list[Try] = []
+    with ExitStack() as stack:
+        host: Host | None = None
+        for cell in cells:
+            host = host or stack.enter_context(HOSTS[cell.host]())
+            done.append(_one(host, cell))
+            if done[-1].violation:
+                host = None
+                stack.close()
+    return done
