@@ -33,12 +33,8 @@ def goes_on(daemon: Daemon) -> Generator[Raw]:
         raw.open(session_id=session_id)
         raw.preserve(pipe=write.fileno())
         write.close()
-        before = raw.ask(STATUS)
-        assert isinstance(before, m.DaemonStatus)
         yield raw
-        until(
-            lambda: isinstance(now := raw.ask(STATUS), m.DaemonStatus) and now.open_fds == before.open_fds, "what was refused to be closed"
-        )
+        until(lambda: _holds_what_it_says(daemon, raw), "what was refused to be closed")
         assert not let_go(read, 0)
         with luod_client.deserialize(runtime_dir=daemon.runtime_dir) as looker:
             shown = looker.show("guest")
@@ -48,6 +44,14 @@ def goes_on(daemon: Daemon) -> Generator[Raw]:
                 close_all(claim.retrieve().values())
                 claim.finish()
         assert let_go(read, 0)
+
+
+def _holds_what_it_says(daemon: Daemon, raw: Raw) -> bool:
+    now = raw.ask(STATUS)
+    assert isinstance(now, m.DaemonStatus)
+    # At the start there was one connection.
+    kept = now.connections - 1 + now.staged_fds + now.sessions_preserved + now.sessions_claimed
+    return now.open_fds == daemon.baseline + kept
 
 
 def _preserve(*specs: Mapping[str, Any]) -> Mapping[str, Any]:
