@@ -232,7 +232,7 @@ def _ip(*words: str) -> None:
         raise OSError(f"ip {' '.join(words)} failed")
 
 
-def _link(path: str) -> str:
+def _leads_to(path: str) -> str:
     """Where a symlink leads; empty when it is gone: other tests make and delete devices at the same time."""
     with suppress(FileNotFoundError):
         return os.readlink(path)
@@ -248,7 +248,7 @@ def _macvtap(*, delete: bool = False) -> Generator[int]:
         name = f"luod{threading.get_native_id()}"
         _ip("tuntap", "add", "dev", "lower", "mode", "tap")
         _ip("link", "add", "link", "lower", "name", name, "type", "macvtap")
-        number = next(each for each in os.listdir("/sys/dev/char") if f"/net/{name}/macvtap/" in _link(f"/sys/dev/char/{each}"))
+        number = next(each for each in os.listdir("/sys/dev/char") if f"/net/{name}/macvtap/" in _leads_to(f"/sys/dev/char/{each}"))
         with tempfile.TemporaryDirectory() as folder:
             major, minor = map(int, number.split(":"))
             os.mknod(f"{folder}/disk", 0o20600, os.makedev(major, minor))
