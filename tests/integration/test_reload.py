@@ -21,7 +21,7 @@ from things import eventfd, let_go, memfd, pipe, preserve_pipe, watched_pipe
 BAD = "[limits]\nmax_sesions = 7\nmax_connections = 0\n"
 SAYS = (
     "limits.max_connections = 0: it must be more than 0",
-    "limits.max_sesions: unknown key; there are max_sessions, max_connections, max_preserved_fds, per_uid",
+    "limits.max_sesions: unknown key; there are max_sessions, max_connections, max_preserved_fds, idle_open_s, per_uid",
 )
 
 
