@@ -1,6 +1,6 @@
 """Run the matrix and print it: `python -m matrix [--host plain] [--fault kill] [--step TEXT] [--jobs N]`.
 
-A cell says who serves in the end, which is what the rules (`rules`) say, or `VIOLATION`, whose text follows the tables. Exit status: 0; 1
+A cell says who serves in the end, which is what the rules (`rules`) say, or `VIOLATION`, whose text is on stderr. Exit status: 0; 1
 after a violation; 2 when a host can't be had.
 """
 
@@ -11,15 +11,16 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Final
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from matrix.cell import find_steps
-from matrix.hosts import HOSTS
+from matrix.hosts import HOSTS, LONG
 from matrix.running import VIOLATION, Try, run_chunk
-from matrix.steps import FAULTS, missing
+from matrix.steps import FAULTS, missing, needs_short_bounds
 from processes import adopt_orphans
 from systemd_rig import why_not
 
@@ -28,8 +29,8 @@ CHUNK: Final = 5
 
 
 def _chunks(cells: Sequence[Try]) -> Iterable[Sequence[Try]]:
-    for name in HOSTS:
-        own = [cell for cell in cells if cell.host == name]
+    for name, short in product(HOSTS, (False, True)):
+        own = [cell for cell in cells if cell.host == name and needs_short_bounds(cell.fault) == short]
         # Neighbours take as long as each other: spread them.
         count = -(-len(own) // CHUNK)
         yield from (own[first::count] for first in range(count))
@@ -46,7 +47,7 @@ def table(cells: Sequence[Try], host: str) -> str:
 def _all_cells(hosts: Sequence[str]) -> list[Try]:
     cells: list[Try] = []
     for name in hosts:
-        with HOSTS[name]() as host:
+        with HOSTS[name](LONG) as host:
             steps = find_steps(host)
         if lacking := missing(steps):
             raise AssertionError(f"no step is about {', '.join(sorted(lacking))}: the story must make luod send it")
@@ -83,13 +84,13 @@ def main() -> int:
                 done[str(cell)] = cell
                 progress.update()
                 if cell.violation:
-                    progress.write(f"{VIOLATION}: {cell}", file=sys.stderr)
+                    progress.write(f"{VIOLATION}: {cell}\n{cell.violation}", file=sys.stderr)
     ordered = [done[str(cell)] for cell in cells]
     for name in hosts:
         print(table(ordered, name), end="\n\n")
     violations = [cell for cell in ordered if cell.violation]
     for cell in violations:
-        print(f"{VIOLATION}: {cell}\n{cell.violation}")
+        print(f"{VIOLATION}: {cell}")
     print(f"{len(ordered)} faults, {len(violations)} violations")
     return 1 if violations else 0
 

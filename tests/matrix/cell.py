@@ -22,7 +22,7 @@ from matrix.story import HELD_AT, Story
 
 SETTLED_S: Final = 60.0
 """How long it may take until it is clear who serves, in seconds: the longest bound, on a busy machine."""
-LOOK_S: Final = 0.02
+LOOK_S: Final = 0.05
 TRIES: Final = 4
 """A healthy upgrade may be late on a busy machine: the bounds are short."""
 _TROUBLE: Final = re.compile(r"Traceback|Exception ignored|never awaited|has a bug")
@@ -46,6 +46,10 @@ class _Doing(threading.Thread):
     @property
     def done(self) -> bool:
         return not self.is_alive()
+
+
+class TooLate(AssertionError):
+    """The upgrade was given up before its fault: short bounds on a busy machine. Nothing was tried."""
 
 
 class Cell:
@@ -82,7 +86,7 @@ class Cell:
                     plan.append("old/after-send:offer=kill")
             bench.plan(*plan)
             upgrading = _Doing(host.upgrade)
-            self._until(lambda: upgrading.done or bench.came(HELD_AT), "an upgrade that begins")
+            self._until(lambda: upgrading.done or bench.came(HELD_AT), "upgrade that begins")
             acting: _Doing | None = None
             if bench.came(HELD_AT):
                 acting = _Doing(story.meanwhile)
@@ -144,11 +148,13 @@ class Cell:
     def _settle(self, upgrading: _Doing, before: int) -> tuple[Word, Facts]:
         host = self._host
         self._until(lambda: upgrading.done, "answer to the upgrade")
+        if self._step is not None and not self._has_come() and isinstance(upgrading.error, Refusal):
+            raise TooLate(str(upgrading.error))
         word: list[Word] = []
 
         def settled() -> bool:
             luods = host.luods()
-            if self._step is not None and not self._step_is_through():
+            if not self._step_is_through():
                 return False
             if not luods and not host.managed:
                 word[:] = [Word.NOBODY]
@@ -158,24 +164,28 @@ class Cell:
                 return False
             successors = {pid for pid, name, _ in host.bench.trace() if name.startswith("new/")}
             word[:] = [Word.OLD if answer.pid == before else Word.NEW if answer.pid in successors else Word.RESTARTED]
-            return True
+            # A manager that has to start another one ends who is left first, who may answer until then.
+            return word == [self._wanted()] or not host.managed
 
-        self._until(settled, "luod that serves alone")
+        self._until(settled, f"luod that serves alone ({word})")
         facts = Facts.of(host.bench.trace())
+        wanted = self._wanted()
+        assert word == [wanted], f"{word[0]}, expected: {wanted}; {upgrading.error!r}"
         if self._step is None:
-            wanted = Word.NEW
             # What the successor still does afterwards is its own yet, not an old daemon's.
             self._until(lambda: not host.managed or _came(host, "new/after-tell:READY"), "successor that is ready")
-        else:
-            wanted = expected(self._step, self._fault, facts, managed=host.managed)
-        assert word == [wanted], f"{word[0]}, expected: {wanted}; {upgrading.error!r}"
         return word[0], facts
+
+    def _wanted(self) -> Word:
+        if self._step is None:
+            return Word.NEW
+        return expected(self._step, self._fault, Facts.of(self._host.bench.trace()), managed=self._host.managed)
 
     def _has_come(self) -> bool:
         return self._step is not None and self._host.bench.came(self._step.name)
 
     def _step_is_through(self) -> bool:
-        return self._has_come() and (self._tended or self._fault != "pause")
+        return self._step is None or (self._has_come() and (self._tended or self._fault != "pause"))
 
     # ---- what must hold
 

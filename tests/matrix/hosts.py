@@ -24,7 +24,10 @@ from raw import STATUS, Raw
 from systemd_rig import Manager, pid_inside
 
 SERVICE: Final = "luod.service"
-BOUNDS: Final = "[handover]\nmeet_s = 8.0\ncopy_s = 1.5\nfreeze_s = 1.5\ncommit_s = 1.5\n"
+SHORT: Final = "[handover]\nmeet_s = 15.0\ncopy_s = 2.0\nfreeze_s = 2.0\ncommit_s = 2.0\n"
+"""Bounds of a handover that are waited for."""
+LONG: Final = "[handover]\nmeet_s = 60.0\ncopy_s = 60.0\nfreeze_s = 60.0\ncommit_s = 60.0\n"
+"""Bounds that no machine is too busy for."""
 WATCHDOG_S: Final = 2.0
 START_S: Final = 8.0
 ANSWER_S: Final = 0.3
@@ -50,9 +53,9 @@ class Bench:
         self.program = f"{inside}/standin"
         self._number = 0
 
-    def prepare(self) -> None:
+    def prepare(self, bounds: str) -> None:
         """Make the files."""
-        (self._folder / "faults.toml").write_text(BOUNDS)
+        (self._folder / "faults.toml").write_text(bounds)
         (self._folder / "standin").write_text(f'#!/bin/sh\nexec {shlex.join(self.command)} "$@"\n')
         (self._folder / "standin").chmod(0o755)
         os.mkfifo(self._folder / "report.go")
@@ -140,11 +143,11 @@ def _end(folder: str) -> None:
 
 
 @contextmanager
-def plain() -> Generator[Host]:
+def plain(bounds: str = LONG) -> Generator[Host]:
     """Without a manager."""
     with folder_for() as folder, open(f"{folder}/stderr", "wb") as stderr:
         bench = Bench(folder, folder)
-        bench.prepare()
+        bench.prepare(bounds)
         started: list[subprocess.Popen[bytes]] = []
 
         def run() -> None:
@@ -167,11 +170,11 @@ def plain() -> Generator[Host]:
 
 
 @contextmanager
-def supervised() -> Generator[Host]:
+def supervised(bounds: str = LONG) -> Generator[Host]:
     """Under luod's own supervisor."""
     with folder_for() as folder, open(f"{folder}/stderr", "wb") as stderr:
         bench = Bench(folder, folder)
-        bench.prepare()
+        bench.prepare(bounds)
         settings = [f"watchdog_s={WATCHDOG_S}", f"start_s={START_S}", "abort_s=2", "back_off_s=0.02", "longest_back_off_s=0.05"]
         command = [*PLAIN_PYTHON, "-m", "luod.supervisor", *settings, "--", *bench.command, *bench.options]
         parent = start(command, stderr=stderr.fileno())
@@ -191,14 +194,14 @@ def supervised() -> Generator[Host]:
 
 
 @contextmanager
-def systemd() -> Generator[Host]:
+def systemd(bounds: str = LONG) -> Generator[Host]:
     """Under a real systemd, in the sandbox of the shipped unit."""
     inside = "/run/luod"
     program = Bench("", inside)
     settings = f"[Service]\nWatchdogSec={WATCHDOG_S}\nTimeoutAbortSec=2\nTimeoutStartSec={START_S}\nRestartSec=20ms\n"
     with Manager(program=[*program.command, *program.options], settings={SERVICE: settings}) as manager:
         bench = Bench(manager.runtime_dir, inside)
-        bench.prepare()
+        bench.prepare(bounds)
         manager.ctl("start", SERVICE)
 
         def luods() -> dict[int, int]:
@@ -219,4 +222,4 @@ def systemd() -> Generator[Host]:
         )
 
 
-HOSTS: Final[dict[str, Callable[[], AbstractContextManager[Host]]]] = {"plain": plain, "supervised": supervised, "systemd": systemd}
+HOSTS: Final[dict[str, Callable[[str], AbstractContextManager[Host]]]] = {"plain": plain, "supervised": supervised, "systemd": systemd}

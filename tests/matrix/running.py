@@ -10,9 +10,9 @@ from typing import Final
 import attrs
 
 from leftovers import time_limit
-from matrix.cell import Cell
-from matrix.hosts import HOSTS, Host
-from matrix.steps import Step
+from matrix.cell import TRIES, Cell, TooLate
+from matrix.hosts import HOSTS, LONG, SHORT, Host
+from matrix.steps import Step, needs_short_bounds
 
 CELL_S: Final = 120.0
 VIOLATION: Final = "VIOLATION"
@@ -36,19 +36,29 @@ def _one(host: Host, cell: Try) -> Try:
     try:
         with time_limit(CELL_S):
             return attrs.evolve(cell, outcome=Cell(host, cell.step, cell.fault).run().value)
+    except TooLate:
+        return attrs.evolve(cell, violation=traceback.format_exc())
     except Exception:
         return attrs.evolve(cell, outcome=VIOLATION, violation=traceback.format_exc())
 
 
 def run_chunk(cells: Sequence[Try]) -> list[Try]:
-    """Run cells of one kind of host, on one; on another after a violation."""
+    """Run cells of one kind of host, on one; on another after a violation. What was too late for a bound is tried again."""
     done: list[Try] = []
     with ExitStack() as stack:
         host: Host | None = None
+        short = False
         for cell in cells:
-            host = host or stack.enter_context(HOSTS[cell.host]())
-            done.append(_one(host, cell))
-            if done[-1].violation:
-                host = None
-                stack.close()
+            tried = cell
+            for _ in range(TRIES):
+                if host is None or short != needs_short_bounds(cell.fault):
+                    stack.close()
+                    short = needs_short_bounds(cell.fault)
+                    host = stack.enter_context(HOSTS[cell.host](SHORT if short else LONG))
+                tried = _one(host, cell)
+                if tried.violation:
+                    host = None
+                if tried.outcome:
+                    break
+            done.append(attrs.evolve(tried, outcome=tried.outcome or VIOLATION))
     return done
