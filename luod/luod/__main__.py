@@ -361,7 +361,9 @@ class _Start:
 
 async def _leave_when_replaced(server: Server) -> None:
     await server.upgrades.replaced.wait()
-    # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's.
+    # Nothing may be shut down, rolled back or unlinked any more: all of it is the successor's. Copies are closed: when the successor has
+    # closed its own already, this one is the last, and may hang.
+    server.leave()
     _exit(server)
 
 

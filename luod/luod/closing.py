@@ -174,6 +174,9 @@ class Closer:
 
     async def _complain(self, uid: int) -> None:
         await trio.sleep(CLOSE_S)
+        self._say_that_it_hangs(uid)
+
+    def _say_that_it_hangs(self, uid: int) -> None:
         if uid not in self._hanging:
             self._hanging.add(uid)
             log.warning(
@@ -206,7 +209,8 @@ class Closer:
             threading.Thread(target=batch.close, daemon=True).start()
         deadline = time.monotonic() + CLOSE_S
         for batch in self._batches:
-            batch.closed.wait(max(0.0, deadline - time.monotonic()))
+            if not batch.closed.wait(max(0.0, deadline - time.monotonic())):
+                self._say_that_it_hangs(batch.closing.uid)
 
     def close_all_but_what_hangs(self) -> None:
         """Right before os._exit: let go of everything that isn't hanging, if something is."""

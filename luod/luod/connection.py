@@ -351,6 +351,14 @@ class Connection:
             self._close_later(self.unread.fds)
             self.unread = None
 
+    def take_fds(self) -> list[OwnedFd]:
+        """Move out every fd that is kept for this client, its connection included, which isn't shut down: at the end of the process."""
+        fds = [] if self.raw.fileno() == -1 else [OwnedFd(self.raw.detach())]
+        if self.unread is not None:
+            fds += self.unread.fds
+            self.unread = None
+        return fds
+
     def _close_later(self, fds: Sequence[OwnedFd]) -> None:
         self._host.closer.later(Closing(self.client.uid, fds))
 

@@ -311,8 +311,9 @@ class Server:
                 await self._alone.wait()
 
     def leave(self) -> None:
-        """The process ends with nobody after it: close what it holds, so that one owner's that hangs keeps no other's."""
-        self.closer.leave([Closing(session.owner, session.take_fds()) for session in self.store])
+        """The process ends: close what it holds of clients, so that one's that hangs keeps no other's. Nothing may run after it."""
+        sessions = [Closing(session.owner, session.take_fds()) for session in self.store]
+        self.closer.leave([*sessions, *(Closing(each.client.uid, each.take_fds()) for each in self._connections)])
 
     def status(self, seq: int) -> m.DaemonStatus:
         """How the daemon is.

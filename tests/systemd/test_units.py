@@ -71,7 +71,9 @@ def test_the_configuration() -> None:
 def test_what_the_configuration_leaves_out_are_the_defaults(tmp_path: Path) -> None:
     text = re.sub(r"^# (\w+ = )", r"\1", (SHIPPED / "luod.toml").read_text(), flags=re.MULTILINE)
     for table in ("limits", "handover"):
-        for key in attrs.asdict(Config())[table]:
+        for key, value in attrs.asdict(Config())[table].items():
+            if isinstance(value, dict):  # a table of its own
+                continue
             assert re.search(rf"^{key} = ", text, re.MULTILINE), f"{table}.{key} is missing"
     (tmp_path / "luod.toml").write_text(text)
     assert load(str(tmp_path / "luod.toml")) == Config(limits=LimitsTable(max_preserved_fds=500_000))
