@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -19,8 +20,9 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_configure() -> None:
-    """A daemon's successor that outlives its parent comes to us, to be seen."""
+    """A daemon's successor that outlives its parent comes to us, to be seen. Daemons start as if nobody had used nohup(1)."""
     adopt_orphans()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -106,6 +106,10 @@ class Service:
                 said[name] = (sock.getsockname(), kind == socket.SOCK_SEQPACKET, bool(listens))
         return said
 
+    def count(self) -> int:
+        """How many descriptors the manager or the predecessor passed."""
+        return len(self.handed)
+
     def store(self, name: str, content: bytes, times: int = 1) -> None:
         """Have the manager store memfds with this content, under names that begin with `name`."""
         for number in range(times):

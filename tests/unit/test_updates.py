@@ -80,7 +80,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             try:
                 yield Luod(server=server, directory=directory, kernel=kernel)
                 with trio.fail_after(LIMIT_S):
-                    await idle(nursery)
+                    await idle(nursery, server)
             finally:
                 nursery.cancel_scope.cancel()
         for listener in listeners.values():
@@ -90,11 +90,9 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
         close_all(fd for session in server.store for fd in session.take_fds())
 
 
-async def idle(nursery: trio.Nursery) -> None:
+async def idle(nursery: trio.Nursery, server: Server) -> None:
     """Wait until every connection has ended and all is closed."""
-    while True:
-        if not any(task.name.endswith(("Connection.run", "Server._close")) for task in nursery.child_tasks):
-            return
+    while server.closer.total or any(task.name.endswith("Connection.run") for task in nursery.child_tasks):
         await trio.sleep(0.001)
 
 

@@ -411,7 +411,7 @@ class OldSide:
 
     def _unsent(self, error: OSError) -> None:
         """A send has failed. When the successor has closed its end the listener hears of it, and of the reason; of all else it does not."""
-        if error.errno != errno.EPIPE:
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             self._post.send_nowait((OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}"))
 
     async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
