@@ -428,6 +428,7 @@ class Updates:
 
     def _step(self, event: UpdateEvent) -> None:
         self.state = step(self.state, event)
+        self._host.custody.carriable.rests = self.state is UpdateState.FROZEN
         self._host.tell_monitors("update", self.state)
 
 
