@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ def test_dma_goes_on_through_an_iommufd_and_the_command_boots_the_lab_itself() -
 
 def test_a_guest_goes_on_in_another_process_and_a_step_that_fails_is_told() -> None:
     kvm, device = (str(EXAMPLES / name / "run.py") for name in ("kvm_guest", "iommufd"))
+    words = shlex.join([sys.executable, kvm, "--counts", "200"])
     run = in_vm(
-        [sys.executable, kvm, "--counts", "200"],
+        ["sh", "-c", f"{words} && if {words} --kexec before; then exit 1; fi"],
         [sys.executable, device, "--device", "0000:00:1f.7"],
         check=False,
     )
@@ -67,3 +69,19 @@ def test_a_guest_goes_on_in_another_process_and_a_step_that_fails_is_told() -> N
     assert len(found) == 5
     assert [row for row in found if not row.endswith("ok")] == []
     assert "luod is replaced: process " in run.said
+    assert "no kexec: no kernel is loaded" in run.said
+
+
+def test_a_guest_goes_on_under_another_kernel_and_the_command_boots_the_lab_itself() -> None:
+    command = [sys.executable, str(EXAMPLES / "kvm_guest" / "run.py"), "--kexec", "--counts", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    print(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "… 200. Stopped." in done.stdout
+    assert "of generation 2; 1 session came from the last kernel" in done.stdout
+    found = rows(done.stdout)
+    assert len(found) == 4
+    assert [row for row in found if not row.endswith("ok")] == []
+    assert any(re.fullmatch(r"guest: first count in the new process +201 +201 +ok", row) for row in found)
+    assert re.search(r"^The guest stood still for \d+ ms \(known to a second", done.stdout, flags=re.M)
+    assert done.stdout.endswith("Everything as it must be.\n")
