@@ -14,8 +14,8 @@ from typing import Any
 
 import guest
 import pytest
-from qemu import PROGRAM, Qemu, QemuFault, identity
-from run import Console, Moved, memfd
+from qemu import PROGRAM, Console, Qemu, QemuFault, identity
+from run import Moved, memfd
 
 from luod_protocol.fds import OwnedFd
 from machine import need_program
@@ -105,7 +105,7 @@ def test_a_qemu_that_does_not_start_fails_it(tmp_path: Path) -> None:
     assert "it has ended" in err
 
 
-@pytest.mark.parametrize("arguments", [("--ram-mib", "63"), ("--ram-mib", "x"), ("stop",)])
+@pytest.mark.parametrize("arguments", [("--ram-mib", "63"), ("--ram-mib", "x"), ("stop",), ("--kexec", "now"), ("--kexec", "after", "--json")])
 def test_it_has_a_usage(arguments: tuple[str, ...], tmp_path: Path) -> None:
     status, out, err = example(*arguments, folder=tmp_path)
     assert (status, out) == (2, "")

@@ -72,16 +72,30 @@ def test_a_guest_goes_on_in_another_process_and_a_step_that_fails_is_told() -> N
     assert "no kexec: no kernel is loaded" in run.said
 
 
-def test_a_guest_goes_on_under_another_kernel_and_the_command_boots_the_lab_itself() -> None:
-    command = [sys.executable, str(EXAMPLES / "kvm_guest" / "run.py"), "--kexec", "--counts", "200"]
+def over_a_kexec(example: str, *arguments: str) -> str:
+    """What an example says that boots the lab itself and goes to another kernel there."""
+    command = [sys.executable, str(EXAMPLES / example / "run.py"), "--kexec", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     print(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "… 200. Stopped." in done.stdout
-    assert "of generation 2; 1 session came from the last kernel" in done.stdout
-    found = rows(done.stdout)
-    assert len(found) == 4
-    assert [row for row in found if not row.endswith("ok")] == []
-    assert any(re.fullmatch(r"guest: first count in the new process +201 +201 +ok", row) for row in found)
-    assert re.search(r"^The guest stood still for \d+ ms \(known to a second", done.stdout, flags=re.M)
     assert done.stdout.endswith("Everything as it must be.\n")
+    assert [row for row in rows(done.stdout) if not row.endswith("ok")] == []
+    return done.stdout
+
+
+def test_a_guest_goes_on_under_another_kernel() -> None:
+    said = over_a_kexec("kvm_guest", "--counts", "200")
+    assert "… 200. Stopped." in said
+    assert "of generation 2; 1 session came from the last kernel" in said
+    assert len(rows(said)) == 4
+    assert re.search(r"^guest: first count in the new process +201 +201 +ok$", said, flags=re.M)
+    assert re.search(r"^The guest stood still for \d+ ms \(known to a second", said, flags=re.M)
+
+
+def test_a_guest_goes_on_in_another_qemu_under_another_kernel() -> None:
+    said = over_a_kexec("qemu")
+    assert "A guest with 256 MiB of RAM" in said
+    assert len(rows(said)) == 6
+    (last,) = re.findall(r"… (\d+)\. Stopped; it wrote \d", said)
+    assert f"under the next kernel: {int(last) + 1}, …" in said
+    assert re.search(r"^The guest stood still for [0-9.]+ s \(known to a second\)", said, flags=re.M)
