@@ -212,7 +212,9 @@ class Updates:
         return fault
 
     def _cannot(self, sessions: Iterable[Session]) -> dict[bytes, str]:
+        sessions = tuple(sessions)
         carriable = self._host.custody.carriable
+        carriable.look({sort for session in sessions for sort in session.sorts})
         cannot: dict[bytes, str] = {}
         for session in sessions:
             carriable.see_session(session)

@@ -232,6 +232,23 @@ async def test_what_a_later_kernel_has_learned_travels_and_is_promised(kernel: K
         close_all(fds.values())
 
 
+async def test_what_a_module_teaches_the_kernel_later_travels_as_well(kernel: KernelStandin) -> None:
+    async with luod(kernel) as first:
+        finalized = await keep(first, "early", {"event": OwnedFd(os.eventfd(7))})
+        assert "kexec" not in finalized.survives
+        async with aio.control(runtime_dir=first.directory) as control:
+            assert len((await control.preflight()).cannot) == 1
+            kernel.learned = ("anon_inode:[eventfd]",)
+            assert (await control.preflight()).cannot == {}
+        async with aio.deserialize(runtime_dir=first.directory) as connection:
+            assert "kexec" in (await connection.show("early")).info.survives
+        following = await jump(first)
+    async with luod(following) as second:
+        fds = await back(second, "early")
+        assert os.eventfd_read(fds["event"].fileno()) == 7
+        close_all(fds.values())
+
+
 async def test_what_cannot_travel_is_refused_and_named(kernel: KernelStandin) -> None:
     async with luod(kernel) as first:
         finalized = await keep(first, "mixed", {"event": OwnedFd(os.eventfd(0)), "memory": memfd(b"")})
