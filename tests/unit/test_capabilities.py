@@ -146,6 +146,20 @@ def test_a_kernel_without_memory_says_nothing_of_the_sort() -> None:
     assert custody.carriable.reason("eventfd") == ""
 
 
+def test_where_no_memfd_can_be_made_now_it_is_asked_again() -> None:
+    left = False
+
+    def sampler(sort: str) -> OwnedFd:
+        if not left:
+            raise NoSample("Too many open files")
+        return sample(sort)
+
+    custody = custody_of(KernelStandin(), sampler)
+    assert "Too many open files" in custody.carriable.fault
+    left = True
+    assert custody.carriable.fault == ""
+
+
 def _no_memory(call: str, done: str) -> None:
     from luod.succession.liveupdate import LiveUpdateFault
 

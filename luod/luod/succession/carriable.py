@@ -133,7 +133,9 @@ class Carriable:
                 return self._try(sort, fd.fileno(), is_sample=sort != MEMFD)
         except NoSample as why:
             reason = f"{UNTRIED} ({why})" if str(why) else UNTRIED
-            return self._note(sort, attrs.evolve(_UNKNOWN, reason=reason))
+            found = attrs.evolve(_UNKNOWN, reason=reason)
+            # Of memfds it is asked every time: it can only be that there is no descriptor left now.
+            return found if sort == MEMFD else self._note(sort, found)
 
     def _try(self, sort: str, fd: int, *, is_sample: bool = False) -> Finding:
         if self.rests:
