@@ -12,8 +12,8 @@ Unhappy paths:
 2. The manager can't be reached, or doesn't take what was sent within `ANSWER_S`: `ManagerFault`. What was sent may still be taken later.
 3. The manager is gone (`luod --supervised` can be killed, systemd can't): `ManagerGone`, and nothing is kept any more.
 4. A message is not permitted, or the store is full: nothing tells. Whoever must know finds it out (succession/fdstore).
-5. luod has no descriptor for a barrier, or may send none (ETOOMANYREFS): it looks until the queue has been emptied. That is as good, but that
-   it has to look again and again. A predecessor whose successor serves must not fail here.
+5. luod has no descriptor for a barrier, or may send none (ETOOMANYREFS): it looks until the queue has been emptied. That is as good, only
+   that nothing tells. A predecessor whose successor serves must not fail here.
 
 Sources: sd_notify(3), sd_listen_fds(3), systemd.exec(5) on $SYSTEMD_EXEC_PID, sd_watchdog_enabled(3).
 """
@@ -145,11 +145,16 @@ class Manager:
             try:
                 await self._barrier()
             except NoDescriptors:
-                # SIOCOUTQ of unix(7) is this number: what was sent and not taken, in bytes of memory.
-                while int.from_bytes(fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder):
-                    await trio.sleep(LOOK_S)
+                await self._emptied()
             return
         raise ManagerFault(f"{self.info.name} did not take what it was sent within {ANSWER_S:g} s")
+
+    async def _emptied(self) -> None:
+        while True:
+            # SIOCOUTQ of unix(7) is this number: what was sent and not taken, in bytes of memory.
+            if not int.from_bytes(fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                return
+            await trio.sleep(LOOK_S)
 
     async def _barrier(self) -> None:
         ours, theirs = pipe()
