@@ -301,8 +301,9 @@ class Machine(RuleBasedStateMachine):
 
     def seal(self, connection: Connection, life: Life, seal: Sequence[str], *, kept: bool) -> None:
         """Finalize."""
-        sealing = dict.fromkeys(seal, ("grow",))
-        request = m.Finalize(seq=1, session_id=life.session_id, require=(CRASH,) if kept else (), seal=sealing)
+        seals: tuple[str, ...] = ("grow",)
+        require = (CRASH,) if kept else ()
+        request = m.Finalize(seq=1, session_id=life.session_id, require=require, seal=dict.fromkeys(seal, seals))
         self.ask(connection, request, self.lives.finalize(life, seal, kept=kept))
         if connection.pending is not None:
             connection.kept = kept
@@ -468,7 +469,7 @@ class Machine(RuleBasedStateMachine):
             work()
         pending.undo()
         self.seen.add((life.waits.name, "undone"))
-        if work is not None:
+        if work is not None and self.perhaps():
             work()
         self.as_it_was(connection, life)
         if self.perhaps():
