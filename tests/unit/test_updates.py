@@ -92,7 +92,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
 
 async def idle(nursery: trio.Nursery, server: Server) -> None:
     """Wait until every connection has ended and all is closed."""
-    while server.closer.total or any(task.name.endswith("Connection.run") for task in nursery.child_tasks):
+    while server.closer.total or any(task.name.endswith("Connection.run") for task in nursery.child_tasks):  # noqa: ASYNC110  no event tells
         await trio.sleep(0.001)
 
 
