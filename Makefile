@@ -14,7 +14,7 @@ WARNINGS := -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Werror
 CHECKS := check-ruff check-format check-mypy check-pyright check-imports
 
 FUZZ_S ?= 60
-TARGETS ?= codec connection packet a_manifest a_box a_ledger notification
+TARGETS ?= codec connection packet a_manifest a_box a_ledger daemon notification
 
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc

@@ -221,7 +221,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
             if server.upgrades.replaced.is_set():
                 await trio.sleep_forever()
             _say_goodbye(server)
-            await server.tell_manager("STOPPING=1")
+            await server.managing.tell("STOPPING=1")
             listening.unbind(directory, server.bound)
             nursery.cancel_scope.cancel()
         server.leave()
@@ -272,7 +272,7 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
+        await server.managing.begin(others=adopted.others, leaving=adopted.leaving, is_main=True)
         if arrival is not None:
             server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
             came, lost = len(arrival.sessions), len(arrival.lost)

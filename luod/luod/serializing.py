@@ -70,9 +70,10 @@ class Serializing:
                 f"uid {owner} has a session {request.session!r} already ({existing.state}): "
                 "claim and finish it, discard it, or take another name",
             )
-        if self._custody.store.by_id(request.session_id) is not None:
-            raise Refusal(Code.SESSION_EXISTS, "a session with this id exists: ids are random, make a new one for each session")
         self._custody.refuse_ended(client, request.session_id)
+        # Nor one that ended and is somebody else's: what is remembered of it must stay its owner's.
+        if self._custody.store.by_id(request.session_id) or self._custody.store.ended(request.session_id):
+            raise Refusal(Code.SESSION_EXISTS, "a session with this id exists, or did: ids are random, make a new one for each session")
         self._custody.store.add(session)
         self._custody.quota.charge(session)
         client.session, client.notices = session, request.notices

@@ -24,7 +24,6 @@ from typing import Final
 
 import trio
 
-from luod import survival
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
 from luod.closing import Closer, Closing, Hanging, Threads
@@ -36,14 +35,14 @@ from luod.handlers.kernel import socket_name
 from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
+from luod.managing import Managing
+from luod.notify import ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.policy import ROOT
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
 from luod.succession import ledger
 from luod.succession.carriable import Carriable
-from luod.succession.keeping import Keeper
 from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
 from luod.succession.messages import Handover
@@ -68,9 +67,6 @@ PREDECESSOR_S: Final = 10.0
 
 MANAGED_PREDECESSOR_S: Final = 120.0
 """The same where it waits for the service manager, which would end the whole service with it."""
-
-REPORT_S: Final = 10.0
-"""How often the service manager is told how luod is, in seconds; more often where its watchdog wants that."""
 
 WORK_S: Final = 2.0
 """How long a request waits for work that may hang, in seconds. Less than what a freeze gives it (`handover.freeze_s`)."""
@@ -145,10 +141,7 @@ class Server:
         own = [socket_name(listener.fileno()) for listener in listeners.values()]
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow, own=own)
         self.orchestrator = Orchestrator(self.custody, recognizer)
-        self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
-        if manager is not None:
-            # Until it is known: what the predecessor has found out.
-            self.custody.outlook = survival.kept(restarts=manager.name == SYSTEMD)
+        self.managing = Managing(manager, self.custody, generation)
         self.upgrades = Upgrades(host=self, options=options, bounds=config.handover)
         self._nursery = nursery
         self._lock = lock
@@ -175,8 +168,7 @@ class Server:
             self._nursery.start_soon(connection.run)
         for endpoint, listener in self._listeners.items():
             self._nursery.start_soon(self._accept, endpoint, listener)
-        if self.keeper is not None:
-            self._nursery.start_soon(self._report, self.keeper)
+        self._nursery.start_soon(self.managing.report)
 
     async def _accept(self, endpoint: Endpoint, listener: socket.socket) -> None:
         listener.setblocking(False)
@@ -259,20 +251,13 @@ class Server:
         return outcome
 
     async def _wait_for(self, what: Storing | Forgetting | Working) -> str:
-        stored = ""
-        if isinstance(what, Working):
-            try:
-                await self.threads.run_within(what.uid, WORK_S, what.work)
-            except Hanging:
-                raise what.late from None
-        elif self.keeper is not None:
-            match what:
-                case Storing(box=box):
-                    stored = await self.keeper.keep(box)
-                case Forgetting(ended=ended, box=box, stored=name):
-                    await self.keeper.forget(ended, box, name)
-            self.custody.outlook = self.keeper.outlook()
-        return stored
+        if not isinstance(what, Working):
+            return await self.managing.perform(what)
+        try:
+            await self.threads.run_within(what.uid, WORK_S, what.work)
+        except Hanging:
+            raise what.late from None
+        return ""
 
     async def settle(self, changes: Sequence[Change], closing: Closing, again: bytes = b"") -> None:
         """What must be done before a reply: tell the successor, close what was let go (see `Closer.close`), wait for the predecessor's end.
@@ -301,8 +286,10 @@ class Server:
 
     async def _settle(self, changes: Sequence[Change], closing: Closing) -> None:
         for change in changes:
-            if isinstance(change, Retrieval) and self.keeper is not None:
-                await self.keeper.note_retrieval(change.session_id, change.process)
+            if isinstance(change, Retrieval):
+                await self.managing.note_retrieval(change.session_id, change.process)
+            else:
+                self.managing.note_change()
         await self.upgrades.tell(changes)
         await self.updates.follow(changes)
         if closing.fds:
@@ -340,55 +327,21 @@ class Server:
             open_fds=open_fds,
             last_pause_us=self.last_pause_us,
             manager=self.manager.name if self.manager is not None else "",
-            stored_fds=self.keeper.count if self.keeper is not None and not self.keeper.gone else 0,
+            stored_fds=self.managing.stored,
             store_limit=self.manager.store_limit if self.manager is not None else 0,
             sessions_opaque=len(self.store.opaque),
         )
 
-    # -------------------------------------------------------------------------------------------- the service manager
+    # ----------------------------------------------------------------------------------------------- who is told what
 
     @property
     def manager(self) -> ManagerInfo | None:
         """The service manager that watches this daemon."""
-        return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
-
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
-        """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
-        if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
-            self.custody.outlook = self.keeper.outlook()
-
-    async def tell_manager(self, *fields: str) -> None:
-        """Tell the service manager, if there is one, and go on if it can't be told."""
-        if self.keeper is not None and not self.keeper.gone:
-            try:
-                await self.keeper.manager.tell(*fields)
-            except ManagerGone as error:
-                self.keeper.lose(error)
-                self.custody.outlook = self.keeper.outlook()
-            except ManagerFault as error:
-                log.warning("%s", error)
-
-    async def _report(self, keeper: Keeper) -> None:
-        # A successor is listened to when its predecessor is gone.
-        await keeper.ready.wait()
-        watchdog_s = keeper.manager.info.watchdog_us / 1e6
-        await self.tell_manager("READY=1")
-        while not keeper.gone:
-            preserved = self.custody.count(SessionState.PRESERVED) + self.custody.count(SessionState.CLAIMED)
-            state = f"generation {self.generation}: {preserved} sessions preserved, {self.custody.preserved_fds} fds"
-            await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
-            await trio.sleep(min(REPORT_S, watchdog_s / 2) if watchdog_s else REPORT_S)
+        return self.managing.info
 
     async def announce(self, pid: int) -> None:
-        """Have the service manager know the process `pid` as the service's main process. Does nothing without a manager.
-
-        Raises:
-            ManagerFault: it can't be told, or doesn't confirm.
-        """
-        if self.keeper is not None:
-            await self.keeper.manager.tell(f"MAINPID={pid}")
-            await self.keeper.manager.barrier()
+        """As `Managing.announce`."""
+        await self.managing.announce(pid)
 
     def tell_monitors(self, event: str, detail: str) -> None:
         """Publish what happens to the daemon itself."""
@@ -456,19 +409,17 @@ class Server:
 
     def note_successor(self) -> None:
         """A successor may serve from now on."""
-        if self.keeper is not None:
-            self.keeper.note_successor()
+        self.managing.note_successor()
 
     async def settled(self) -> None:
         """Return when no predecessor lives, and the service manager, if there is one, listens to this process."""
         if self._alone is not None:
             await self._alone.wait()
-        if self.keeper is not None:
-            await self.keeper.ready.wait()
+        await self.managing.begun()
 
     def stored_others(self) -> tuple[str, ...]:
         """What is in the service manager's store and is no session's box."""
-        return self.keeper.others if self.keeper is not None else ()
+        return self.managing.others
 
     def speakers(self) -> Iterable[tuple[int, int]]:
         """The wire version and the pid of each connected client that has said hello."""
@@ -530,12 +481,15 @@ class Server:
             self.closer.later(self.custody.lost(connection.client))
             self.left(connection)
 
+    def close_later(self, fds: Sequence[OwnedFd], owner: int | None) -> None:
+        """Close what can't be taken in; `owner` is whose it was, None where that isn't known."""
+        self.closer.later(Closing(self.system.uid if owner is None else owner, [*fds]))
+
     def thaw(self, *, pause_us: int, predecessor: OwnedFd | None, predecessor_pid: int, stored_others: Collection[str] = ()) -> None:
         """Serve: for a successor, right after its commit."""
         self.last_pause_us = pause_us
         self._settle_opaque()
-        if self.keeper is not None:
-            self.keeper.inherit(stored_others)
+        self.managing.inherit(stored_others)
         if predecessor is not None:
             self._alone = trio.Event()
             self._nursery.start_soon(self._outlive, predecessor, self._alone, stored_others)
@@ -562,7 +516,7 @@ class Server:
         alone.set()
         tell(self.store.opaque)
         leaving = {ledger.name(self.generation - 1), *self._leaving}
-        await self.begin_keeping(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
+        await self.managing.begin(others=stored_others, leaving=leaving.intersection(stored_others), is_main=False)
 
 
 def _about(change: Change) -> bytes:

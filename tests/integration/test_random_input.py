@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -100,7 +100,8 @@ BEGINNINGS: Final[Sequence[Sequence[dict[str, Any]]]] = ((), (VALID[0],), (VALID
 CONVERSATIONS: Final = st.tuples(st.sampled_from(list(Endpoint)), st.sampled_from(BEGINNINGS), st.lists(PACKETS, min_size=1, max_size=6))
 
 
-def _fds() -> dict[str, OwnedFd]:
+def all_fds() -> dict[str, OwnedFd]:
+    """One of each kind. The caller owns them."""
     read, write = own(os.pipe2(os.O_CLOEXEC))
     with select.epoll() as epoll:
         poll = OwnedFd(os.dup(epoll.fileno()))
@@ -109,7 +110,8 @@ def _fds() -> dict[str, OwnedFd]:
     return {"memfd": memfd(b"x"), "eventfd": eventfd(), "read": read, "write": write, "file": file, "epoll": poll, "place": place}
 
 
-def _send(raw: Raw, packet: Sent, fds: dict[str, OwnedFd]) -> bool:
+def send(raw: Raw, packet: Sent, fds: Mapping[str, OwnedFd]) -> bool:
+    """Send it, with these fds by their kinds (borrowed). Whether luod took it."""
     numbers = [fds[kind].fileno() for kind in packet.fds]
     if not packet.bulk or not packet.data:
         return raw.try_put(packet.data, numbers)
@@ -120,7 +122,7 @@ def _send(raw: Raw, packet: Sent, fds: dict[str, OwnedFd]) -> bool:
 def test_random_packets(daemon: Daemon) -> None:
     tried = 0
     answers: set[str] = set()
-    fds = _fds()
+    fds = all_fds()
 
     @settings(max_examples=MOST, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
     @given(CONVERSATIONS)
@@ -132,7 +134,7 @@ def test_random_packets(daemon: Daemon) -> None:
             for message in beginning:
                 raw.try_put(pack(message))
             for packet in packets:
-                if not _send(raw, packet, fds):
+                if not send(raw, packet, fds):
                     break
             raw.sock.shutdown(socket.SHUT_WR)  # what was sent is still answered
             for reply in raw.rest():

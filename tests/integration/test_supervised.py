@@ -14,17 +14,17 @@ import pytest
 
 import luod_client
 from faulty import Faulty, ask_upgrade
-from harness import LIMIT_S, folder_for, start, until
+from harness import LIMIT_S, User, folder_for, start, until
 from processes import PYTHON
 from supervising import ends
 
 
 @contextmanager
-def supervised(folder: str, *options: str) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
-    """A supervised luod in `folder`, and where its stderr goes. It is ended at the end."""
+def supervised(folder: str, *options: str, user: User | None = None) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
+    """A supervised luod in `folder`, of `user`'s, and where its stderr goes. It is ended at the end."""
     said = Path(folder) / "stderr"
     with open(said, "wb") as stderr:
-        popen = start([*PYTHON, "-m", "luod", "--supervised", "--runtime-dir", folder, *options], stderr=stderr.fileno())
+        popen = start([*PYTHON, "-m", "luod", "--supervised", "--runtime-dir", folder, *options], user, stderr=stderr.fileno())
     try:
         yield popen, said
         popen.terminate()

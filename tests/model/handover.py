@@ -66,7 +66,7 @@ class Handover(Moves):
             self._add(Kind.OPERATOR, "operator", "has the daemon stop", world._replace(old=told))
 
     def _listen(self, world: World, new: New | None) -> None:
-        """old.py _listen_to_end: one message, or the end."""
+        """hearing.py listen: one message, or the end."""
         old = world.old
         if old.inbox:
             (kind, session), rest = old.inbox[0], old.inbox[1:]

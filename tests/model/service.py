@@ -10,7 +10,7 @@ class Service(Moves):
     """The manager's side, and keeping.py begin, which talks to it."""
 
     def _begin_keeping(self, world: World) -> None:
-        """server.py _outlive and begin_keeping, keeping.py begin."""
+        """server.py _outlive, managing.py and keeping.py begin."""
         old, manager = world.old, world.manager
         assert manager is not None
         if old.ready is Ready.WAIT and old.alone:

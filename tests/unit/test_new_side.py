@@ -19,13 +19,26 @@ from luod.manifest import Entry, Manifest
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
-from luod.succession.messages import Box, Connection, Copied, Frozen, Gone, Handover, Offer, OpaqueBox
+from luod.succession.messages import (
+    Box,
+    Connection,
+    Copied,
+    Frozen,
+    Gone,
+    Handover,
+    Offer,
+    OpaqueBox,
+    OpenSession,
+    StagedEntries,
+    UnreadFds,
+    UnreadReply,
+)
 from luod.succession.new import Left, NewSide
 from luod.succession.new_table import NewState
 from luod.system import Process, System
 from luod_protocol import box
 from luod_protocol.fds import OwnedFd, close_all
-from things import memfd
+from things import let_go, memfd, pipe
 
 
 class Heir:
@@ -34,6 +47,8 @@ class Heir:
     def __init__(self) -> None:
         self.boot_id = System().boot_id
         self.store = Store()
+        self.closed: list[tuple[int, int | None]] = []
+        """What it was given to close: how many fds, and whose."""
 
     def adopt_session(self, session: Session) -> None:
         self.store.add(session)
@@ -52,6 +67,10 @@ class Heir:
 
     def forget_live(self) -> None:
         """Nothing is live."""
+
+    def close_later(self, fds: Sequence[OwnedFd], owner: int | None) -> None:
+        self.closed.append((len(fds), owner))
+        close_all(fds)
 
 
 @contextmanager
@@ -193,6 +212,57 @@ async def test_a_connection_with_a_wire_version_that_is_not_known() -> None:
     )
     with ours, theirs, old_daemon(dead=False) as old, pytest.raises(Left, match="process 77 speaks wire version 2, this luod 1"):
         await succeed(old, [(Copied(), ()), (live, [ours.fileno()])], Heir())
+
+
+def half_of_a_session(read: int) -> list[tuple[Handover, Sequence[int]]]:
+    """What is sent of an open session up to its connection, with this end of a pipe, and a reply that nobody has read."""
+    probe = Probe(read)
+    handler = recognize(probe)
+    entry = Entry(
+        name="pipe",
+        kind=handler.kind,
+        compatible=handler.compatible,
+        metadata=b"",
+        needs=(),
+        identity=probe.identity,
+        facts=handler.record(probe),
+    )
+    opened = OpenSession(session_id=bytes(16), name="half", owner=1001, metadata=b"", opened_at=0.0, entries=2)
+    return [(opened, ()), (StagedEntries(entries=(entry,)), [read]), (UnreadReply(data=b""), ()), (UnreadFds(count=1), [read])]
+
+
+@pytest.mark.parametrize("dead", [True, False])
+async def test_half_of_an_open_session_is_closed_by_the_server_that_goes_on(dead: bool) -> None:
+    """Closing what a client sent may never end; where this process ends it doesn't matter."""
+    heir = Heir()
+    with pipe() as (read, write), old_daemon(dead=dead) as old:
+        sent = half_of_a_session(read.fileno())
+        if dead:
+            side = await succeed(old, [(Copied(), ()), *sent], heir)
+            assert side.state is NewState.SERVING
+            assert heir.closed == [(1, 1001), (1, None)]
+        else:
+            with pytest.raises(Left, match="the old daemon ended the handover"):
+                await succeed(old, [(Copied(), ()), *sent], heir)
+            assert not heir.closed
+        read.close()
+        assert let_go(write)
+
+
+async def test_a_session_that_came_in_part_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    heir = Heir()
+    live = Connection(
+        endpoint="serialize", version=1, state="open", client=Process(pid=77, start=1), session_id=bytes(16), upgrade_seq=-1, lost=0
+    )
+    with pipe() as (read, write), old_daemon(dead=True) as old, boxed("whole") as (message, sealed):
+        sent = [(message, [sealed.fileno()]), (Copied(), ()), *half_of_a_session(read.fileno()), (live, [read.fileno()])]
+        side = await succeed(old, sent, heir)
+        assert side.state is NewState.SERVING
+        assert "came with 1 of 2 entries" in caplog.text
+        assert heir.closed == [(1, 1001), (1, None), (1, None)]
+        assert [session.name for session in heir.store] == ["whole"]
+        read.close()
+        assert let_go(write)
 
 
 class Witness(Heir):

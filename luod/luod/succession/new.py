@@ -12,7 +12,7 @@ When something that came can't be used the handover is declined, for the old dae
 nowhere else: that part is logged and dropped, and the rest is kept. What was opaque to the old daemon is kept whatever it is (`opaque`).
 
 Invariants: nothing is read from a client, and nothing is accepted, before `run` returns. When the old daemon is dead, whatever was sent is
-read to the end first.
+read to the end first. A luod that goes on to serve closes nothing of a client's here, for that may never end: its server does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gc
 import logging
 import os
 import select
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import trio
@@ -99,6 +99,8 @@ class Heir(Protocol):
 
     def forget_live(self) -> None: ...
 
+    def close_later(self, fds: Sequence[OwnedFd], owner: int | None) -> None: ...
+
 
 BuildHeir = Callable[[Offer, OwnedFd, Mapping[str, OwnedFd]], Heir]
 """The offer, the lock, the listening sockets by endpoint: to a server that is frozen."""
@@ -154,8 +156,9 @@ class NewSide:
             self._channel.close(f"{error}")
             raise Left(f"declined the handover: {error}") from error
         finally:
-            self._drop_half()
-            if self.state is not NewState.SERVING:
+            is_ending = self.state is not NewState.SERVING
+            self._drop_half(self._close_here if is_ending else self._close_later)
+            if is_ending:
                 self._channel.close("the successor is ending")
         self._channel.close()
 
@@ -171,6 +174,8 @@ class NewSide:
             if not self._orphaned():
                 raise
             log.error("the old daemon is dead, and a %s that it had sent can't be used: %s", message.type, error)
+            self._close_later(fds, None)
+            fds.clear()
         finally:
             close_all(fds)
 
@@ -254,10 +259,11 @@ class NewSide:
         if message.version and message.version not in WIRE:
             raise Mismatch(f"process {message.client.pid} speaks wire version {message.version}, this luod {WIRE}")
         if self._opening is not None:
-            (opened, staged), self._opening = self._opening, None
+            opened, staged = self._opening
             if len(staged) != opened.entries or message.session_id != opened.session_id:
-                close_all(each.fd for each in staged.values())
+                self._drop_half()
                 raise Mismatch(f"open session {opened.name!r} came with {len(staged)} of {opened.entries} entries")
+            self._opening = None
             heir.adopt_session(
                 Session(
                     session_id=opened.session_id,
@@ -330,13 +336,21 @@ class NewSide:
             raise ProtocolFault(FaultCode.UNEXPECTED_MESSAGE, "the old daemon sent sessions before its offer")
         return self._heir
 
-    def _drop_half(self) -> None:
+    def _drop_half(self, close: Callable[[Sequence[OwnedFd], int | None], None] | None = None) -> None:
+        close = close or self._close_later
         if self._opening is not None:
-            close_all(each.fd for each in self._opening[1].values())
-            self._opening = None
+            (opened, staged), self._opening = self._opening, None
+            close([each.fd for each in staged.values()], opened.owner)
         if self._unread is not None:
-            close_all(self._unread[1])
-            self._unread = None
+            (_, fds), self._unread = self._unread, None
+            close(fds, None)
+
+    def _close_later(self, fds: Sequence[OwnedFd], owner: int | None) -> None:
+        self._ready_heir.close_later(fds, owner)
+
+    def _close_here(self, fds: Sequence[OwnedFd], _: int | None) -> None:
+        # The process is about to end, which would close them as well.
+        close_all(fds)
 
     def _step(self, event: NewEvent) -> None:
         self.state = step(self.state, event)

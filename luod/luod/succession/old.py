@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
@@ -35,30 +34,27 @@ from luod.notify import ManagerFault, ManagerGone, ManagerInfo
 from luod.session import Session
 from luod.store import Ended, Store
 from luod.succession.channel import Channel
+from luod.succession.hearing import Hearing
 from luod.succession.messages import (
     VERSIONS,
     Box,
     Copied,
-    Declined,
     Frozen,
     Gone,
     Handover,
-    LetGo,
     Meet,
     Offer,
     OpaqueBox,
     OpenSession,
     Retrieved,
-    Serving,
     StagedEntries,
-    Verified,
 )
 from luod.succession.old_table import OldEvent, OldState, step
 from luod.succession.other import kill, reap, see_off
 from luod.succession.skew import obstacles
 from luod.system import System
-from luod_protocol.errors import LuodError, ProtocolFault
-from luod_protocol.fds import OwnedFd, close_all, duplicate
+from luod_protocol.errors import LuodError
+from luod_protocol.fds import OwnedFd, duplicate
 from luod_protocol.limits import MAX_FDS_PER_PACKET
 from luod_protocol.messages import Endpoint
 from luod_protocol.version import RELEASE
@@ -70,9 +66,6 @@ BUG = "luod has a bug in its handover and logged it"
 
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
-
-HEAR_AGAIN_S = 0.01
-"""How long until what could not be received is received again, in seconds."""
 
 LEAVE_S = 2.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
@@ -145,11 +138,8 @@ class OldSide:
         self._leaving = False
         self._settling = trio.CancelScope()
         self._over = trio.Event()
-        self._deaf = trio.Event()
-        self._serving_read = False
         self._offered: Sequence[Session] = ()
-        self._let_go: dict[bytes, trio.Event] = {}
-        self._post, self._events = trio.open_memory_channel[tuple[OldEvent, Handover | str]](math.inf)
+        self._hearing = Hearing(channel)
 
     # ------------------------------------------------------------------------------------------------------ the steps
 
@@ -163,7 +153,7 @@ class OldSide:
         try:
             await self._settle()
             self._step(OldEvent.SUCCESSOR_STARTED)
-            self._host.start_soon(self._listen)
+            self._host.start_soon(self._hearing.listen)
             meet = await self._meet()
             await self._copy(self._offered)
             # Once more, for clients went on, and open sessions and connections are not in the log.
@@ -279,7 +269,7 @@ class OldSide:
                     await self._send_live()
                 except OSError as error:
                     self._unsent(error)
-                event, said = await self._events.receive()
+                event, said = await self._hearing.next()
             except Exception:
                 # Frozen: whatever it is, there is one way back.
                 event, said = OldEvent.DECLINED, BUG
@@ -291,8 +281,8 @@ class OldSide:
             return
         self._channel.deafen()
         # The listener reads on to the end of the queue, which can't grow any more.
-        await self._deaf.wait()
-        found = OldEvent.SERVING_READ if self._serving_read else OldEvent.QUEUE_EMPTY
+        await self._hearing.deaf()
+        found = OldEvent.SERVING_READ if self._hearing.has_heard_serving else OldEvent.QUEUE_EMPTY
         self._step(found)
         if found is OldEvent.QUEUE_EMPTY:
             raise HandoverFailed(f"after the freeze: {said}")
@@ -350,7 +340,7 @@ class OldSide:
         """This daemon is to end: give up, unless it is frozen, when the successor is a moment from serving; returns when it is decided."""
         self._settling.cancel()
         if self.state not in (OldState.FROZEN, OldState.DRAINING):
-            self._post.send_nowait((OldEvent.DECLINED, "this luod was told to stop"))
+            self._hearing.tell(OldEvent.DECLINED, "this luod was told to stop")
         await self._over.wait()
 
     # -------------------------------------------------------------------------------------------------------- the log
@@ -369,7 +359,7 @@ class OldSide:
                     await self._tell(change)
                 continue
             except trio.TooSlowError:
-                self._post.send_nowait((OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s"))
+                self._hearing.tell(OldEvent.LATE, f"the successor did not take the log within {self._bounds.copy_s:g} s")
             except OSError as error:
                 self._unsent(error)
             except trio.ClosedResourceError:
@@ -385,7 +375,7 @@ class OldSide:
                 await self._channel.send(Retrieved(session_id=change.session_id, process=change.process))
             case Departure():
                 ended = Ended(session_id=change.session_id, owner=change.owner, finished=change.finished)
-                done = self._let_go[change.session_id] = trio.Event()
+                done = self._hearing.let_go(change.session_id)
                 await self._channel.send(Gone(ended=ended))
                 await done.wait()
 
@@ -412,11 +402,11 @@ class OldSide:
     def _unsent(self, error: OSError) -> None:
         """A send has failed. When the successor has closed its end the listener hears of it, and of the reason; of all else it does not."""
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-            self._post.send_nowait((OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}"))
+            self._hearing.tell(OldEvent.DECLINED, f"what it needs can't be sent to the successor: {error.strerror}")
 
     async def _next(self, seconds: float, late: str) -> tuple[OldEvent, Handover | str]:
         with trio.move_on_after(seconds):
-            return await self._events.receive()
+            return await self._hearing.next()
         return OldEvent.LATE, f"{late} within {seconds:g} s"
 
     def _step(self, event: OldEvent) -> None:
@@ -428,65 +418,12 @@ class OldSide:
             raise HandoverFailed(said)
         raise HandoverFailed(f"the successor sent {event} out of order")
 
-    async def _listen(self) -> None:
-        """Turn what the successor sends into events, to the end of the queue."""
-        try:
-            await self._listen_to_end()
-        finally:
-            self._deaf.set()
-
-    async def _listen_to_end(self) -> None:
-        is_told = False
-        while True:
-            try:
-                received = await self._channel.receive()
-            except ProtocolFault as error:
-                # Read on: a commit may lie behind it.
-                self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be understood: {error}"))
-                continue
-            except trio.ClosedResourceError:
-                return
-            except OSError as error:
-                if error.errno == errno.EBADF:
-                    return  # closed: this attempt is over
-                # It isn't the end of the queue.
-                if not is_told:
-                    self._post.send_nowait((OldEvent.DECLINED, f"the successor can't be heard: {error.strerror}"))
-                    is_told = True
-                await trio.sleep(HEAR_AGAIN_S)
-                continue
-            if received is None:
-                self._post.send_nowait((OldEvent.LOST, "the successor ended without taking over: see its messages on luod's stderr"))
-                return
-            message, fds = received
-            close_all(fds)
-            match message:
-                case LetGo():
-                    waiting = self._let_go.pop(message.session_id, None)
-                    if waiting is not None:
-                        waiting.set()
-                case Meet():
-                    self._post.send_nowait((OldEvent.ACCEPTED, message))
-                case Verified():
-                    self._post.send_nowait((OldEvent.VERIFIED, message))
-                case Serving():
-                    self._serving_read = True
-                    self._post.send_nowait((OldEvent.SERVING_READ, message))
-                    return
-                case Declined():
-                    self._post.send_nowait((OldEvent.DECLINED, f"the successor declined: {message.reason}"))
-                case _:
-                    self._post.send_nowait((OldEvent.DECLINED, f"the successor sent {message.type}, which is not its to send"))
-            # A successor that sends without end must not keep the clients waiting.
-            await trio.lowlevel.checkpoint()
-
     async def _see_off(self) -> None:
         """Wait until the successor is gone, and with it its copies."""
         with self._successor:
             await see_off(self._successor.fileno(), LEAVE_S)
             self.fate = reap(self._successor.fileno())
-            for waiting in self._let_go.values():
-                waiting.set()
+            self._hearing.all_let_go()
 
 
 def _cannot(error: OSError) -> str:
