@@ -234,6 +234,10 @@ def well_behaved(daemon: Daemon) -> None:
                 luod.discard(session_id=each.session_id, force=True)
 
 
+MUST_BE_HEARD: Final = frozenset({"opened", "preserved", "claimed", "retrieved", "refused"})
+GOES: Final = 10
+
+
 def test_random_clients(daemon: Daemon) -> None:
     tried = 0
     heard: set[str] = set()
@@ -250,10 +254,14 @@ def test_random_clients(daemon: Daemon) -> None:
         daemon.check_idle()
 
     try:
-        converse()
+        # Chance decides how far they get; it has several goes, and then something keeps them from it.
+        for _ in range(GOES):
+            converse()
+            if heard >= MUST_BE_HEARD:
+                break
     finally:
         close_all(fds.values())
     assert tried >= MOST
-    assert {"opened", "preserved", "claimed", "retrieved", "refused"} <= heard, heard
+    assert heard >= MUST_BE_HEARD
     assert " bug" not in daemon.stderr
     assert daemon.status().generation == 1
