@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import trio
@@ -27,17 +27,17 @@ import trio
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.custody import Custody
 from luod.lifecycle import SessionState
+from luod.preflight import cannot, impossible, report, told
 from luod.session import Session
-from luod.succession.kernel import Arrival, Cargo, Hold, parts_of
+from luod.succession.kernel import Arrival, Cargo, Hold
 from luod.succession.kernel_table import UpdateEvent, UpdateState, step
-from luod.succession.liveupdate import MAX_SESSIONS, LiveUpdateFault, Opening
+from luod.succession.liveupdate import LiveUpdateFault, Opening
 from luod.succession.parcel import MAX_NAMED, VERSION, Index, Shipped
 from luod.system import System
-from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.box import BoxFault
 from luod_protocol.errors import Code, Refusal
-from luod_protocol.fds import close_all, duplicate
+from luod_protocol.fds import duplicate
 from luod_protocol.version import RELEASE
 
 MAX_DEADLINE_S: Final = 86_400.0
@@ -45,7 +45,6 @@ MAX_REASON: Final = 500
 """Characters that are kept of a reason."""
 
 _LOOKING: Final = (m.Capabilities, m.List, m.Show)
-_LOOK_AT_ONCE: Final = 128
 
 log = logging.getLogger("luod")
 
@@ -126,7 +125,7 @@ class Updates:
             case m.Update():
                 return self.status(request.seq)
             case m.Preflight():
-                return await self.preflight(request.seq)
+                return await report(self._host.custody, request.seq)
             case m.Prepare():
                 return self.prepare(request)
             case m.Freeze():
@@ -174,54 +173,6 @@ class Updates:
         if self.is_running:
             raise Refusal(Code.UPDATE_RUNNING, f"an update of the kernel is {self.state}: `luoctl cancel` first, or reboot first")
 
-    async def preflight(self, seq: int) -> m.PreflightReport:
-        """What would be carried now."""
-        custody = self._host.custody
-        sessions = [each for each in custody.store if each.sealed is not None]
-        cannot = self._cannot(sessions)
-        going = [each for each in sessions if each.session_id not in cannot]
-        boxes = [
-            (duplicate(each.sealed.box.fileno()), [place for place, entry in enumerate(each.contents) if entry.kind == "memfd"])
-            for each in going
-            if each.sealed is not None
-        ]
-        try:
-            memory, holes = await trio.to_thread.run_sync(lambda: _weigh((each.fileno(), places) for each, places in boxes))
-        except (OSError, BoxFault) as error:
-            raise Refusal(Code.SYSTEM_ERROR, f"luod can't look at its sessions: {error}; try again") from None
-        finally:
-            close_all(each for each, _ in boxes)
-        return m.PreflightReport(
-            seq=seq,
-            fault=self._impossible(going),
-            sessions=len(going),
-            fds=sum(each.size for each in going),
-            memory_bytes=memory,
-            hole_bytes=holes,
-            open_sessions=tuple(_told(each) for each in custody.store if each.state is SessionState.OPEN),
-            cannot={
-                f"{_told(each)}, id {each.session_id.hex()}": cannot[each.session_id] for each in sessions if each.session_id in cannot
-            },
-        )
-
-    def _impossible(self, going: Iterable[Session]) -> str:
-        fault = self._host.custody.carriable.fault
-        parts = sum(parts_of(each.size) for each in going) + 1
-        if not fault and parts > MAX_SESSIONS:
-            fault = f"these sessions need {parts} sessions of the kernel, which takes {MAX_SESSIONS}: leave some behind, or finish some"
-        return fault
-
-    def _cannot(self, sessions: Iterable[Session]) -> dict[bytes, str]:
-        carriable = self._host.custody.carriable
-        cannot: dict[bytes, str] = {}
-        for session in sessions:
-            carriable.see_session(session)
-            refused = carriable.refused(session.sorts)
-            if refused:
-                entry = next(each for each in session.contents if each.sort in refused)
-                cannot[session.session_id] = f"entry {entry.name!r}: {carriable.why_not((entry.sort,))}"
-        return cannot
-
     # ------------------------------------------------------------------------------------------------------- preparing
 
     def prepare(self, request: m.Prepare) -> m.UpdateStatus:
@@ -245,9 +196,9 @@ class Updates:
             raise Refusal(Code.NO_SUCH_SESSION, f"there is no session {sorted(unknown)[0][:64]!r} to leave behind: `luoctl list`")
         if custody.carriable.fault:
             raise Refusal(Code.CANNOT_SURVIVE, f"this kernel carries nothing to the next: {custody.carriable.fault}")
-        cannot = self._cannot(each for each in sessions if each.session_id not in named)
-        if cannot and not request.force:
-            texts = [f"{_told(each)}: {cannot[each.session_id]}" for each in sessions if each.session_id in cannot]
+        excluded = cannot(custody, (each for each in sessions if each.session_id not in named))
+        if excluded and not request.force:
+            texts = [f"{told(each)}: {excluded[each.session_id]}" for each in sessions if each.session_id in excluded]
             more = f", and {len(texts) - 5} more" if len(texts) > 5 else ""
             raise Refusal(
                 Code.CANNOT_SURVIVE,
@@ -260,10 +211,10 @@ class Updates:
                 Code.CANNOT_SURVIVE,
                 f"luod holds {foreign} sessions of a newer luod that it can't read nor send along: upgrade luod first, or say --force",
             )
-        fault = self._impossible(each for each in sessions if each.session_id not in named | cannot.keys())
+        fault = impossible(custody, (each for each in sessions if each.session_id not in named | excluded.keys()))
         if fault:
             raise Refusal(Code.CANNOT_SURVIVE, fault)
-        self._left, self._forced = named | cannot.keys(), request.force
+        self._left, self._forced = named | excluded.keys(), request.force
         self._reason, self._lost, self._arrived, self._steps_us = "", (), 0, {}
         self._deadline = custody.system.now() + request.deadline_s
         self._step(UpdateEvent.PREPARE)
@@ -306,12 +257,12 @@ class Updates:
                 return
 
     async def _load(self, session: Session) -> None:
-        cannot = self._cannot([session])
-        if cannot and self._forced:
+        why = cannot(self._host.custody, [session]).get(session.session_id)
+        if why and self._forced:
             self._left.add(session.session_id)
             return
-        if cannot:
-            raise Refusal(Code.CANNOT_SURVIVE, f"{_told(session)} was finalized and can't travel: {cannot[session.session_id]}")
+        if why:
+            raise Refusal(Code.CANNOT_SURVIVE, f"{told(session)} was finalized and can't travel: {why}")
         async with self._turn:
             if session.sealed is None:
                 return
@@ -319,13 +270,13 @@ class Updates:
                 try:
                     await trio.to_thread.run_sync(self._cargo.load, session, sealed.fileno())
                 except LiveUpdateFault as error:
-                    raise LiveUpdateFault(f"{_told(session)}: {error}", error.errno) from None
+                    raise LiveUpdateFault(f"{told(session)}: {error}", error.errno) from None
 
     def _open_sessions(self) -> list[Session]:
         return [each for each in self._host.custody.store if each.state is SessionState.OPEN and each.session_id not in self._left]
 
     def _note_left(self) -> None:
-        left = [_told(each) for each in self._host.custody.store if each.session_id not in self._cargo and self._is_left(each)]
+        left = [told(each) for each in self._host.custody.store if each.session_id not in self._cargo and self._is_left(each)]
         more = [f"and {len(left) - MAX_NAMED} more"] if len(left) > MAX_NAMED else []
         self._left_behind = (*left[:MAX_NAMED], *more)
 
@@ -443,24 +394,3 @@ def steps_us(frozen_at: float, began_us: int, system: System) -> dict[str, int]:
     zero = system.now() - now_us / 1e6
     kernel_us = max(0, round((zero - frozen_at) * 1e6))
     return {"kernel": kernel_us, "boot": process_us, "start": began_us - process_us, "adopt": now_us - began_us}
-
-
-def _told(session: Session) -> str:
-    return f"session {session.name!r} of uid {session.owner}"
-
-
-def _weigh(boxes: Iterable[tuple[int, Sequence[int]]]) -> tuple[int, int]:
-    """Bytes that the memfds at these places in boxes (borrowed) have, and how many their holes would take; each memfd once."""
-    seen: dict[tuple[int, int], os.stat_result] = {}
-    for sealed, places in boxes:
-        for start in range(0, len(places), _LOOK_AT_ONCE):
-            fds = box.look(sealed, places[start : start + _LOOK_AT_ONCE])
-            try:
-                for status in (os.fstat(fd.fileno()) for fd in fds):
-                    seen[status.st_dev, status.st_ino] = status
-            finally:
-                close_all(fds)
-    return (
-        sum(min(each.st_size, each.st_blocks * 512) for each in seen.values()),
-        sum(max(0, each.st_size - each.st_blocks * 512) for each in seen.values()),
-    )
