@@ -33,14 +33,16 @@ from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
+from luod.relaying import relay
 from luod.server import Server
-from luod.succession.adoption import adopt
+from luod.succession.adoption import Adopted, adopt
 from luod.succession.channel import Channel, decline
 from luod.succession.kernel import Arrival, unload
-from luod.succession.liveupdate import Device, LiveUpdateFault
+from luod.succession.liveupdate import Device, KernelSession, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
 from luod.succession.opaque import tell
+from luod.succession.relay import Relayed, sort
 from luod.supervisor import command as supervisor
 from luod.system import System
 from luod.updates import steps_us
@@ -220,6 +222,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
             await server.upgrades.stop()
             if server.upgrades.replaced.is_set():
                 await trio.sleep_forever()
+            await relay(server)
             _say_goodbye(server)
             await server.tell_manager("STOPPING=1")
             listening.unbind(directory, server.bound)
@@ -253,9 +256,12 @@ class _Start:
         except BaseException:
             lock.close()
             raise
-        adopted = adopt(passed.stored, self.system.boot_id)
+        relayed = sort(passed.stored, self.system.boot_id)
+        if relayed.of_this_boot:
+            log.warning("the reboot into another kernel that luod was prepared for did not happen: it serves on")
+        adopted = adopt(relayed.others, self.system.boot_id)
         began_us = self.system.monotonic_us()
-        arrival = self._arrival()
+        arrival = self._arrival(relayed, adopted)
         generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
         server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
@@ -273,8 +279,11 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        await server.begin_keeping(others=adopted.others, leaving=adopted.leaving, is_main=True)
+        others, leaving = (*adopted.others, *relayed.of_this_boot, *relayed.names), (*adopted.leaving, *relayed.of_this_boot)
+        await server.begin_keeping(others=others, leaving=leaving, is_main=True, spent=relayed.names)
         if arrival is not None:
+            if server.keeper is None or not {*relayed.names}.intersection(server.keeper.others):
+                arrival.settle()
             server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
             came, lost = len(arrival.sessions), len(arrival.lost)
             log.info("%d sessions came from the last kernel, %d were lost", came, lost)
@@ -285,9 +294,11 @@ class _Start:
         gc.freeze()
         return server
 
-    def _arrival(self) -> Arrival | None:
+    def _arrival(self, relayed: Relayed, adopted: Adopted) -> Arrival | None:
+        passed = {number: KernelSession(f"number {number} from systemd", fd) for number, fd in relayed.came.items()}
+        known = {each.session_id for each in adopted.sessions} | {each.session_id for each in adopted.ended}
         try:
-            return unload(Device.open, self.system.boot_id)
+            return unload(Device.open, self.system.boot_id, passed=passed, known=known)
         except LiveUpdateFault as error:
             if not error.is_absent:
                 log.warning("whether the last kernel brought sessions can't be told: %s", error)

@@ -50,9 +50,7 @@ async def report(custody: Custody, seq: int) -> m.PreflightReport:
         memory_bytes=memory,
         hole_bytes=holes,
         open_sessions=tuple(told(each) for each in custody.store if each.state is SessionState.OPEN),
-        cannot={
-            f"{told(each)}, id {each.session_id.hex()}": excluded[each.session_id] for each in sessions if each.session_id in excluded
-        },
+        cannot={f"{told(each)}, id {each.session_id.hex()}": excluded[each.session_id] for each in sessions if each.session_id in excluded},
     )
 
 

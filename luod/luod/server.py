@@ -352,10 +352,10 @@ class Server:
         """The service manager that watches this daemon."""
         return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
-    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
+    async def begin_keeping(self, *, others: Collection[str], leaving: Collection[str], is_main: bool, spent: Collection[str] = ()) -> None:
         """Have the service manager keep what is finalized; see `Keeper.begin`. Does nothing without a manager."""
         if self.keeper is not None:
-            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main)
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main, spent=spent)
             self.custody.outlook = self.keeper.outlook()
 
     async def tell_manager(self, *fields: str) -> None:

@@ -9,7 +9,8 @@ Unhappy paths:
 2. The kernel refuses, somebody cancels, or the reboot fails: everything is unpreserved, `reason` says why, and luod serves as before.
 3. Whoever froze luod ends without a reboot: as 2.
 4. A prepared session ends: it is unpreserved before its client is answered. One that is finalized is added.
-5. A process upgrade while something is preserved, or the other way round: refused, for the kernel's sessions end with this process.
+5. This process is told to end before the reboot: `end` freezes it, and what the kernel is to carry is given to somebody else.
+6. A process upgrade while something is preserved, or the other way round: refused, for the kernel's sessions end with this process.
 
 Invariants: outside of `frozen` every client is served as ever, but that nobody can open a session while an update is prepared. The set
 that is frozen is the set that the index names. Threads that touch `Cargo` or `Hold` take turns.
@@ -26,12 +27,13 @@ import trio
 
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.custody import Custody
+from luod.gate import Gate
 from luod.lifecycle import SessionState
 from luod.preflight import cannot, impossible, report, told
 from luod.session import Session
 from luod.succession.kernel import Arrival, Cargo, Hold
 from luod.succession.kernel_table import UpdateEvent, UpdateState, step
-from luod.succession.liveupdate import LiveUpdateFault, Opening
+from luod.succession.liveupdate import Kept, LiveUpdateFault, Opening
 from luod.succession.parcel import MAX_NAMED, VERSION, Index, Shipped
 from luod.system import System
 from luod_protocol import messages as m
@@ -53,6 +55,7 @@ class Host(Protocol):
     """What updates need of the server."""
 
     custody: Custody
+    gate: Gate
     generation: int
 
     @property
@@ -84,6 +87,8 @@ class Updates:
         self._turn = trio.Lock()
         self._changed = trio.Event()
         self._undone = trio.Event()
+        self._stepped = trio.Event()
+        self._waits_until = 0.0
         self._scope: trio.CancelScope | None = None
         self._reason = ""
         self._deadline = 0.0
@@ -168,7 +173,7 @@ class Updates:
         """Refuse to be replaced while the kernel holds something that would end with this process.
 
         Raises:
-            Refusal: unhappy path 5.
+            Refusal: unhappy path 6.
         """
         if self.is_running:
             raise Refusal(Code.UPDATE_RUNNING, f"an update of the kernel is {self.state}: `luoctl cancel` first, or reboot first")
@@ -179,7 +184,7 @@ class Updates:
         """Begin to prepare.
 
         Raises:
-            Refusal: unhappy path 1 or 5, or one is being prepared already.
+            Refusal: unhappy path 1 or 6, or one is being prepared already.
         """
         if not 0 <= request.deadline_s <= MAX_DEADLINE_S:
             raise Refusal(Code.BAD_REQUEST, f"a deadline of {request.deadline_s:g} s: it must be 0 to {MAX_DEADLINE_S:g}")
@@ -224,12 +229,12 @@ class Updates:
         return self.status(request.seq)
 
     async def _prepare(self, patience_s: float) -> None:
-        deadline = trio.current_time() + patience_s
+        self._waits_until = trio.current_time() + patience_s
         with trio.CancelScope() as self._scope:
             try:
                 await self._in_turn(self._hold.let_all_go)
                 while True:
-                    await self._settle_down(deadline)
+                    await self._settle_down()
                     changed = self._changed
                     self._step(UpdateEvent.ALL_PRESERVED)
                     await changed.wait()
@@ -241,7 +246,7 @@ class Updates:
                     self._step(UpdateEvent.FAILED)
                     await self._undo(f"it failed: {error}")
 
-    async def _settle_down(self, deadline: float) -> None:
+    async def _settle_down(self) -> None:
         """Return when all that travels is preserved, and nobody's session is waited for."""
         while True:
             self._changed = trio.Event()
@@ -249,8 +254,8 @@ class Updates:
             session = next((each for each in sessions if each.session_id not in self._cargo), None)
             if session is not None:
                 await self._load(session)
-            elif self._open_sessions() and trio.current_time() < deadline:
-                with trio.move_on_at(deadline):
+            elif self._open_sessions() and trio.current_time() < self._waits_until:
+                with trio.move_on_at(self._waits_until):
                     await self._changed.wait()
             else:
                 self._note_left()
@@ -327,6 +332,10 @@ class Updates:
             raise Refusal(Code.OUT_OF_ORDER, f"an update is {self.state}, it must be prepared: `luoctl prepare`, and wait until it is")
         if self._changed.is_set() or self._host.at_work > 1:
             raise Refusal(Code.UPDATE_RUNNING, "requests are under way that may change what travels: ask again")
+        self._freeze(connection)
+        return self.status(seq)
+
+    def _freeze(self, by: object) -> None:
         custody = self._host.custody
 
         def index(sessions: tuple[Shipped, ...]) -> Index:
@@ -346,8 +355,42 @@ class Updates:
         except (LiveUpdateFault, OSError) as error:
             raise Refusal(Code.SYSTEM_ERROR, f"luod can't be frozen: {error}") from None
         self._step(UpdateEvent.FREEZE)
-        self._frozen_by = connection
-        return self.status(seq)
+        self._frozen_by = by
+
+    def is_to_travel(self, *, kexec_loaded: bool) -> bool:
+        """Whether something is to travel when this process ends: an update is prepared, or seems to be wanted, a kernel being loaded."""
+        if self.state in (UpdateState.PREPARING, UpdateState.PREPARED):
+            return True
+        custody = self._host.custody
+        wanted = kexec_loaded and not self.is_running and not self._host.is_handing_over
+        return wanted and any(each.sealed is not None for each in custody.store) and not custody.carriable.fault
+
+    async def end(self) -> list[Kept]:
+        """Freeze, and prepare before if it isn't done: this process is about to end. Nobody is served from here on. Cancelled, or refused:
+        the gate may be closed, and the update be running.
+
+        Returns:
+            The kernel sessions (borrowed), that of the index first, as `Passed` has them.
+
+        Raises:
+            Refusal: the kernel refuses something.
+        """
+        if not self.is_running:
+            self.prepare(m.Prepare(seq=0, deadline_s=0.0, leave_behind=(), force=True))
+        self._waits_until = trio.current_time()
+        if self.state is UpdateState.PREPARING:
+            self._changed.set()
+        while True:
+            while self.state is UpdateState.PREPARING:
+                await self._stepped.wait()
+            if self.state is not UpdateState.PREPARED:
+                raise Refusal(Code.CANNOT_SURVIVE, f"the update was given up: {self._reason}")
+            self._host.gate.close()
+            await self._host.gate.still()
+            if self.state is UpdateState.PREPARED and not self._changed.is_set():
+                self._freeze(self)
+                return self._cargo.sessions
+            self._host.gate.open()
 
     async def cancel(self, request: m.CancelUpdate) -> m.UpdateStatus:
         """Undo everything; return when that is done.
@@ -379,6 +422,8 @@ class Updates:
 
     def _step(self, event: UpdateEvent) -> None:
         self.state = step(self.state, event)
+        self._stepped.set()
+        self._stepped = trio.Event()
         self._host.tell_monitors("update", self.state)
 
 

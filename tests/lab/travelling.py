@@ -8,11 +8,12 @@ import fcntl
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import luod_client
 from luod_client import cli
@@ -52,6 +53,13 @@ def luoctl(*words: str) -> tuple[int, str, str]:
         status = cli.main(words)
     print("luoctl", *words, "->", status, out.getvalue(), err.getvalue())
     return status, out.getvalue(), err.getvalue()
+
+
+def away(*command: str) -> NoReturn:
+    """Run what ends this stage, and wait for that."""
+    subprocess.run(command, check=True)
+    signal.pause()
+    raise AssertionError("a signal, but no end")
 
 
 def tell(name: str, value: object) -> None:

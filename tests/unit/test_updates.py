@@ -75,6 +75,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             for session in arrival.sessions if arrival is not None else ():
                 server.adopt_session(session)
             if arrival is not None:
+                arrival.settle()
                 server.updates.begin(arrival, steps_us(arrival.index.frozen_at, system.monotonic_us(), system))
             server.start()
             try:

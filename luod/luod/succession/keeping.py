@@ -21,7 +21,8 @@ from __future__ import annotations
 import heapq
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -29,7 +30,7 @@ import trio
 from luod import survival
 from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
 from luod.store import Ended, Store
-from luod.succession import ledger
+from luod.succession import ledger, relay
 from luod.succession.fdstore import FdStore, NotKept
 from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.survival import Outlook
@@ -112,13 +113,14 @@ class Keeper:
             return survival.not_kept(self.fault)
         return survival.kept(restarts=self.manager.info.name == SYSTEMD)
 
-    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
+    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool, spent: Collection[str] = ()) -> None:
         """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
 
         Args:
             others: what is in the manager's store and is no session's box, by name.
             leaving: those of them that are to be removed, when the new ledger is there.
             is_main: whether the manager started this process; else it has to be seen that it listens.
+            spent: those of them that are to be removed when all sessions are in the store.
         """
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
@@ -137,6 +139,9 @@ class Keeper:
                 if not opaque.stored:
                     opaque.stored = await self._put(opaque.box.fileno())
                     self._others.add(opaque.stored)
+            for name in spent:
+                await self._fds.remove(name)
+                self._others.discard(name)
         except ManagerGone as error:
             self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
@@ -220,6 +225,24 @@ class Keeper:
             raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
         finally:
             del self._leaving[ended.session_id]
+
+    async def relay(self, fds: Sequence[int], boot_id: str) -> None:
+        """Have the manager hold kernel sessions (borrowed), the index first: all or none. Cancelled: it may hold some.
+
+        Raises:
+            NotKept, ManagerFault: it doesn't.
+        """
+        await self.ready.wait()
+        put: list[str] = []
+        try:
+            for number, fd in enumerate(fds):
+                put.append(relay.name(boot_id, number))
+                await self._fds.put(put[-1], fd)
+        except (NotKept, ManagerFault):
+            with suppress(ManagerFault):
+                for name in put:
+                    await self._fds.remove(name)
+            raise
 
     def lose(self, error: ManagerGone) -> None:
         """Go on without the manager, which is gone."""

@@ -4,7 +4,8 @@ Theory. A session is taken out of its box, fd by fd, and preserved in kernel ses
 (`parcel`) in the first. In the next kernel it is put into a box again and adopted. This works while clients are served: the fds are the
 same objects, and what is written to a memfd afterwards travels as well.
 
-Happy path: `Cargo.load` for each session, `Cargo.seal`, the kexec; `unload`, and `Hold.let_go` when a session is finished.
+Happy path: `Cargo.load` for each session, `Cargo.seal`, the kexec; `unload`, `Arrival.settle` when all is kept elsewhere as well, and
+`Hold.let_go` when a session is finished.
 
 Unhappy paths:
 1. The kernel refuses one fd: `load` raises, nothing of that session is preserved.
@@ -12,6 +13,8 @@ Unhappy paths:
    `drop` ends the borrowers' preservation too and tells which, so that they are loaded again.
 3. A session can't be unloaded (the kernel failed, a parcel of a newer version): it is lost, with a reason that is told; the others come.
 4. There is no index: nothing was carried.
+5. Somebody else has retrieved the kernel sessions, and passes them on (`relay`): these are used, and the device isn't asked.
+6. A luod has died here before: what it had put elsewhere isn't unloaded again.
 
 Invariants: a file of the last kernel counts as preserved until its kernel session is finished, so nothing is loaded while a `Hold`
 holds any. A memfd comes back with no more rights than it had: read-only stays read-only, and so do its permissions, which guard
@@ -20,11 +23,12 @@ holds any. A memfd comes back with no more rights than it had: read-only stays r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -202,6 +206,12 @@ class Cargo:
             raise
         self._index = session
 
+    @property
+    def sessions(self) -> list[Kept]:
+        """All kernel sessions: the index, then the others as it has them. Frozen only."""
+        assert self._index is not None
+        return [self._index, *(one for each in self._loaded.values() for one in each.sessions)]
+
     def close(self) -> None:
         """Unpreserve everything."""
         _close([*([self._index] if self._index is not None else []), *(one for each in self._loaded.values() for one in each.sessions)])
@@ -233,13 +243,18 @@ class Hold:
 
 @attrs.frozen(kw_only=True)
 class Arrival:
-    """What the last kernel brought: sessions, oldest first, the kernel sessions that they came in, and `lost`, what could not be had
-    back."""
+    """What the last kernel brought: sessions, oldest first, the kernel sessions that they came in, and that of the index; and `lost`, what
+    could not be had back."""
 
     index: Index
     sessions: list[Session]
     hold: Hold
     lost: tuple[str, ...]
+    index_session: Kept
+
+    def settle(self) -> None:
+        """The sessions are kept elsewhere as well: from here on nobody needs to unload them again."""
+        _finish(self.index_session)
 
 
 def parts_of(entries: int) -> int:
@@ -247,28 +262,63 @@ def parts_of(entries: int) -> int:
     return entries // MAX_FILES + 1
 
 
-def unload(opening: Opening, boot_id: str) -> Arrival | None:
+class Passed:
+    """Kernel sessions that were retrieved already, as a device.
+
+    Args:
+        sessions: by number: 0 is the index, then come the others as it has them. Owned; what nobody retrieves is closed.
+    """
+
+    def __init__(self, sessions: Mapping[int, Kept]) -> None:
+        self._sessions = dict(sessions)
+        self._numbers = {INDEX: 0}
+
+    def number(self, index: Index) -> None:
+        """Be told which are which."""
+        names = [part_name(each.session_id, part) for each in index.sessions for part in range(each.parts)]
+        self._numbers |= {name: number for number, name in enumerate(names, 1)}
+
+    def retrieve(self, name: str) -> Kept:
+        """As `Device.retrieve`."""
+        session = self._sessions.pop(self._numbers[name], None)
+        if session is None:
+            raise LiveUpdateFault(f"kernel session {name}: the service manager did not bring it", errno.ENOENT)
+        return session
+
+    def close(self) -> None:
+        """Close the rest."""
+        _close(self._sessions.values())
+
+
+def unload(opening: Opening, boot_id: str, *, passed: Mapping[int, Kept] | None = None, known: Collection[bytes] = ()) -> Arrival | None:
     """What the last kernel brought, or None when it brought nothing. The caller owns all of it.
+
+    Args:
+        opening: opens the device.
+        boot_id: of this kernel.
+        passed: the kernel sessions, where somebody has retrieved them already, see `Passed`; owned.
+        known: ids of sessions that are here already, or have ended here.
 
     Raises:
         LiveUpdateFault: the device can't be opened.
     """
-    device = opening(patience_s=PATIENCE_S)
+    device = Passed(passed) if passed else opening(patience_s=PATIENCE_S)
     came: dict[bytes, list[Kept]] = {}
     try:
         try:
             session = device.retrieve(INDEX)
         except LiveUpdateFault as error:
-            if not error.is_absent:
+            if passed or not error.is_absent:
                 log.error("what the last kernel brought can't be had: %s", error)
             return None
         try:
             index = decode_index(_record(session))
         except (ParcelFault, LiveUpdateFault, OSError) as error:
             log.error("the last kernel brought sessions that are lost: %s: %s", INDEX, error)
-            return None
-        finally:
             _finish(session)
+            return None
+        if isinstance(device, Passed):
+            device.number(index)
         lost: list[str] = []
         for shipped in index.sessions:
             sessions = came[shipped.session_id] = []
@@ -278,9 +328,10 @@ def unload(opening: Opening, boot_id: str) -> Arrival | None:
                 _lose(shipped, str(error), came, lost)
     finally:
         device.close()
-    parcels = {each.session_id: _parcel(each, came, lost) for each in index.sessions if each.session_id in came}
+    wanted = [each for each in index.sessions if each.session_id not in known]
+    parcels = {each.session_id: _parcel(each, came, lost) for each in wanted if each.session_id in came}
     adopted: list[Session] = []
-    for shipped in index.sessions:
+    for shipped in wanted:
         parcel = parcels.get(shipped.session_id)
         if parcel is not None:
             try:
@@ -292,7 +343,7 @@ def unload(opening: Opening, boot_id: str) -> Arrival | None:
     for session_id in set(came) - held:
         _close(came.pop(session_id))
     adopted.sort(key=lambda each: each.sealed.manifest.finalized_at if each.sealed is not None else 0.0)
-    return Arrival(index=index, sessions=adopted, hold=Hold(came), lost=tuple(lost))
+    return Arrival(index=index, sessions=adopted, hold=Hold(came), lost=tuple(lost), index_session=session)
 
 
 def _lose(shipped: Shipped, why: str, came: dict[bytes, list[Kept]], lost: list[str]) -> None:
