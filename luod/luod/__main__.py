@@ -35,14 +35,15 @@ from luod.notify import ManagerInfo
 from luod.rehearsal import rehearse
 from luod.relaying import relay
 from luod.server import Server
-from luod.succession.adoption import Adopted, adopt
+from luod.succession.adoption import adopt
 from luod.succession.channel import Channel, decline
-from luod.succession.kernel import Arrival, unload
-from luod.succession.liveupdate import Device, KernelSession, LiveUpdateFault
+from luod.succession.keeping import secure
+from luod.succession.kernel import collect, unload
+from luod.succession.liveupdate import Device, Kept, KernelSession, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
 from luod.succession.opaque import tell
-from luod.succession.relay import Relayed, sort
+from luod.succession.relay import sort
 from luod.supervisor import command as supervisor
 from luod.system import System
 from luod.updates import steps_us
@@ -261,7 +262,10 @@ class _Start:
             log.warning("the reboot into another kernel that luod was prepared for did not happen: it serves on")
         adopted = adopt(relayed.others, self.system.boot_id)
         began_us = self.system.monotonic_us()
-        arrival = self._arrival(relayed, adopted)
+        collected = {number: KernelSession(f"{number} of systemd", fd) for number, fd in relayed.came.items()} or self._collect()
+        securing = [] if relayed.came else await self._secure(manager, [name for name, _ in passed.stored], collected)
+        known = {each.session_id for each in adopted.sessions} | {each.session_id for each in adopted.ended}
+        arrival = unload(collected, self.system.boot_id, known=known)
         generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
         server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
@@ -279,10 +283,11 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        others, leaving = (*adopted.others, *relayed.of_this_boot, *relayed.names), (*adopted.leaving, *relayed.of_this_boot)
-        await server.begin_keeping(others=others, leaving=leaving, is_main=True, spent=relayed.names)
+        spent, leaving = (*relayed.names, *securing), (*adopted.leaving, *relayed.of_this_boot)
+        others = (*adopted.others, *relayed.of_this_boot, *spent)
+        await server.begin_keeping(others=others, leaving=leaving, is_main=True, spent=spent)
         if arrival is not None:
-            if server.keeper is None or not {*relayed.names}.intersection(server.keeper.others):
+            if server.keeper is None or not {*spent}.intersection(server.keeper.others):
                 arrival.settle()
             server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
             came, lost = len(arrival.sessions), len(arrival.lost)
@@ -294,15 +299,19 @@ class _Start:
         gc.freeze()
         return server
 
-    def _arrival(self, relayed: Relayed, adopted: Adopted) -> Arrival | None:
-        passed = {number: KernelSession(f"number {number} from systemd", fd) for number, fd in relayed.came.items()}
-        known = {each.session_id for each in adopted.sessions} | {each.session_id for each in adopted.ended}
+    def _collect(self) -> Mapping[int, Kept | LiveUpdateFault]:
         try:
-            return unload(Device.open, self.system.boot_id, passed=passed, known=known)
+            return collect(Device.open)
         except LiveUpdateFault as error:
             if not error.is_absent:
                 log.warning("whether the last kernel brought sessions can't be told: %s", error)
-            return None
+            return {}
+
+    async def _secure(
+        self, manager: ManagerInfo | None, stored: Sequence[str], collected: Mapping[int, Kept | LiveUpdateFault]
+    ) -> Sequence[str]:
+        sessions = {number: each.fileno() for number, each in collected.items() if not isinstance(each, LiveUpdateFault)}
+        return await secure(manager, stored, sessions) if manager is not None and sessions else ()
 
     async def succeed(self, handover: socket.socket) -> Server:
         """Serve as the successor of the luod at the other end of `handover`."""

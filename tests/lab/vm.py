@@ -92,6 +92,11 @@ ExecStart=/bin/sh /run/lab/guest.sh
 TimeoutStopSec=5
 """
 _LAB_TARGET: Final = "[Unit]\nRequires=basic.target\nAfter=basic.target\nWants=lab.service\nAllowIsolate=yes\n"
+_FSTAB: Final = (
+    "host /host 9p trans=virtio,version=9p2000.L,msize=262144,ro,cache=loose 0 0",
+    "shared /run/lab 9p trans=virtio,version=9p2000.L,msize=262144 0 0",
+)
+"""What `init` has mounted, for systemd: it unmounts all at a soft-reboot."""
 _DEVICE_FOR_LUOD: Final = "z /dev/liveupdate 0600 luod luod -\n"
 """tmpfiles.d(5), in place of 60-luod.rules: there is no udev inside."""
 
@@ -257,6 +262,8 @@ def _add_files(files: Path) -> None:
     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     environment = shlex.join([f"PYTHONPATH={_python_path()}", "PYTHONDONTWRITEBYTECODE=1"])
     drop_in = _LUOD_DROP_IN.format(python=_PYTHON, environment=environment, folders=" ".join(_packages()))
+    fstab = [*_FSTAB, *(f"/host{each} {each} none bind 0 0" for each in _packages())]
+    (files / "etc" / "fstab").write_text("".join(f"{line}\n" for line in fstab))
     units = {"luod.service.d/lab.conf": drop_in, "lab.service": _LAB_SERVICE, "lab.target": _LAB_TARGET, "default.target": _LAB_TARGET}
     for name, text in units.items():
         place = files / "etc" / "systemd" / "system" / name

@@ -20,7 +20,7 @@ from luod.capacity import capacity
 from luod.config import Config
 from luod.server import Server
 from luod.succession import kernel as succession
-from luod.succession.kernel import Arrival, unload
+from luod.succession.kernel import Arrival, collect, unload
 from luod.succession.liveupdate import LiveUpdateFault
 from luod.system import System
 from luod.updates import steps_us
@@ -56,7 +56,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
     """A luod of this kernel, with what the last one brought. At its end the kernel lets go of all, as when a process ends."""
     system = System(boot_id=f"boot-{kernel.boot}")
     with folder_for() as directory:
-        arrival = unload(kernel.opening, system.boot_id) if kernel.is_there else None
+        arrival = unload(collect(kernel.opening), system.boot_id) if kernel.is_there else None
         lock = listening.lock(directory)
         listeners = listening.bind(directory)
         async with trio.open_nursery() as nursery:
@@ -412,7 +412,7 @@ def test_an_index_that_cannot_be_had(what: str) -> None:
     following.fault = refuse(what, errno.EACCES)
     arrival: Arrival | None = None
     with suppress(LiveUpdateFault):
-        arrival = unload(following.opening, "boot")
+        arrival = unload(collect(following.opening), "boot")
     assert arrival is None
     following.close()
 

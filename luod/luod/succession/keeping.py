@@ -21,14 +21,14 @@ from __future__ import annotations
 import heapq
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
 import trio
 
 from luod import survival
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.store import Ended, Store
 from luod.succession import ledger, relay
 from luod.succession.fdstore import FdStore, NotKept
@@ -63,6 +63,29 @@ class _Names:
 
     def give_back(self, name: str) -> None:
         heapq.heappush(self._free, int(name[1:]))
+
+
+async def secure(info: ManagerInfo, stored: Collection[str], sessions: Mapping[int, int]) -> Sequence[str]:
+    """Have the manager hold kernel sessions that this luod has retrieved itself, until it holds boxes: it may crash in between.
+
+    Args:
+        info: the manager.
+        stored: what it holds already.
+        sessions: fds (borrowed), by number; see `relay`.
+
+    Returns:
+        What they are called there.
+    """
+    manager = Manager(info)
+    store, names = FdStore(manager, stored, is_heard=True), [relay.name(relay.FORMER, number) for number in sessions]
+    try:
+        for name, fd in zip(names, sessions.values(), strict=True):
+            await store.put(name, fd)
+    except (NotKept, ManagerFault) as error:
+        log.warning("a crash of luod before it serves would cost what the last kernel brought: %s", error)
+    finally:
+        manager.close()
+    return [name for name in names if name in store.names]
 
 
 class Keeper:

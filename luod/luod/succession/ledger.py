@@ -5,9 +5,9 @@ here, one record behind the other, before a client is told; and that a successor
 The manager holds the memfd too, so what a dead luod wrote is there. Its name has the generation of its luod: the next one reads the newest,
 and begins one of its own with what still matters.
 
-The memfd has a head, which tells where the records are, and of which epoch. A ledger that has become long is begun anew, with the next epoch,
-beside what it was, and then the head is written. Every record's sum is seeded with its epoch, so old records mean nothing. The memfd has no
-large holes: systemd 261 and later have the kernel carry it through a kexec, which fills them.
+The memfd has a head, which tells where the records are, and of which epoch. A ledger that has become long is begun anew, with the next
+epoch, beside what it was, and then the head is written. Every record's sum is seeded with its epoch, so old records mean nothing. The
+memfd has no large holes: systemd 261 and later have the kernel carry it through a kexec, which fills them.
 
 Happy path: `Ledger.begin`, `write`, now and then `begin_anew`; in the next luod `read`.
 
@@ -16,8 +16,8 @@ Unhappy paths:
 2. The ledger is of a version that isn't known here: `LedgerFault`. The boxes say enough to go on without.
 3. It can't be written (ENOMEM): `LedgerFault`, and the request that needed it is refused.
 
-Invariants: a record is written by one pwrite(2), behind the others; epoch and place by one of 16 bytes. Nobody but luod and the manager has the
-memfd.
+Invariants: a record is written by one pwrite(2), behind the others; epoch and place by one of 16 bytes. Nobody but luod and the manager
+has the memfd.
 """
 
 from __future__ import annotations

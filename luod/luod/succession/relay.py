@@ -12,7 +12,8 @@ Unhappy paths:
 1. The reboot does not happen, or is a soft-reboot: the next luod, on the same kernel, finds boxes and kernel sessions. It lets go of the
    latter (`of_this_boot`), which unpreserves all, and serves from the boxes.
 2. A luod of the next kernel crashes before the boxes that it makes are in the store: the kernel sessions are still there. They are
-   removed when all boxes are.
+   removed when all boxes are. So are those that luod had to retrieve itself, no manager having brought them: it stores them first, as
+   those of a `FORMER` boot.
 3. Kernel sessions of two other boots: those of the index are taken, others are of no use.
 
 Invariants: a name tells of which boot its kernel session is. Asking the session would not do: retrieving from one that goes to the next
@@ -33,6 +34,9 @@ from luod_protocol.fds import OwnedFd
 
 BOOT_LENGTH: Final = 12
 """Hex digits of a boot's id that are in a name: enough to tell boots apart, and the names of all that a kernel takes fit (`fdstore`)."""
+
+FORMER: Final = "0" * BOOT_LENGTH
+"""In place of a boot's id: of a kernel before this one, which one isn't known."""
 
 _NAME: Final = re.compile(rf"k([0-9a-f]{{{BOOT_LENGTH}}})\.(\d{{1,4}})")
 
