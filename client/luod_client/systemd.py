@@ -25,6 +25,15 @@ _RUNS: Final = Path("/run/systemd/system")
 Ask = Callable[[Sequence[str]], str]
 
 
+def unit_of(pid: int) -> str:
+    """The service that a process is in, by its cgroups(7): `systemctl whoami` needs a D-Bus broker. Empty when it is in none."""
+    try:
+        last = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").strip().rpartition("/")[2]
+    except OSError:
+        return ""
+    return last if last.endswith(".service") else ""
+
+
 def ask(words: Sequence[str]) -> str:
     """What `systemctl` says to these words; empty when it fails."""
     try:
@@ -34,12 +43,12 @@ def ask(words: Sequence[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def why_not(manager: str, pid: int, *, runs: Path = _RUNS, ask: Ask = ask) -> str:
+def why_not(manager: str, unit: str, *, runs: Path = _RUNS, ask: Ask = ask) -> str:
     """Why systemd can't take along what a luod has; empty where it can.
 
     Args:
         manager: the service manager that luod says it has.
-        pid: luod's main process.
+        unit: the unit that luod is in, if it is in one.
         runs: the folder that is there where systemd is PID 1.
         ask: asks systemctl.
     """
@@ -51,7 +60,6 @@ def why_not(manager: str, pid: int, *, runs: Path = _RUNS, ask: Ask = ask) -> st
         return f"systemd {text or 'of an unknown version'} runs here, and {FIRST} is the first that carries what the kernel preserves"
     if manager != NAME:
         return f"luod does not run as a service of systemd, but {f'under {manager}' if manager else 'on its own'}"
-    unit = ask(["whoami", str(pid)]).partition("\n")[0]
     kept = ask(["show", unit, "--property=FileDescriptorStorePreserve", "--value"]) if unit else ""
     if kept != "yes":
         return f"systemd doesn't keep the descriptors of {unit or 'luod'} when it stops it: FileDescriptorStorePreserve=yes in the unit"

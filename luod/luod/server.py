@@ -24,7 +24,7 @@ from typing import Final
 
 import trio
 
-from luod import survival
+from luod import survival, unit
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
 from luod.closing import Closer, Closing, Hanging, Threads
@@ -145,7 +145,11 @@ class Server:
         own = [socket_name(listener.fileno()) for listener in listeners.values()]
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow, own=own)
         self.orchestrator = Orchestrator(self.custody, recognizer)
-        self.keeper = None if manager is None else Keeper(manager=Manager(manager), generation=generation, store=self.store)
+        self.keeper = (
+            None
+            if manager is None
+            else Keeper(manager=Manager(manager), generation=generation, store=self.store, unit=unit.name(system.cgroup(system.pid)))
+        )
         if manager is not None:
             # Until it is known: what the predecessor has found out.
             self.custody.outlook = survival.kept(restarts=manager.name == SYSTEMD)

@@ -18,6 +18,7 @@ from kernel_standin import SEALABLE, KernelStandin
 from luod import listening
 from luod.capacity import capacity
 from luod.config import Config
+from luod.notify import ManagerInfo
 from luod.server import Server
 from luod.succession import kernel as succession
 from luod.succession.kernel import Arrival, collect, unload
@@ -51,10 +52,15 @@ class Luod:
                 await trio.sleep(0.001)
 
 
+def boot_id(kernel: KernelStandin) -> str:
+    """Of the machine, while this kernel runs."""
+    return f"{kernel.boot:08x}-0000-0000-0000-000000000000"
+
+
 @asynccontextmanager
-async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
+async def luod(kernel: KernelStandin, *, manager: ManagerInfo | None = None, kexec_loaded: bool = False) -> AsyncGenerator[Luod, None]:
     """A luod of this kernel, with what the last one brought. At its end the kernel lets go of all, as when a process ends."""
-    system = System(boot_id=f"boot-{kernel.boot}")
+    system = System(boot_id=boot_id(kernel), kexec_loaded=lambda: kexec_loaded)
     with folder_for() as directory:
         arrival = unload(collect(kernel.opening), system.boot_id) if kernel.is_there else None
         lock = listening.lock(directory)
@@ -70,6 +76,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
                 listeners=listeners,
                 generation=arrival.index.generation + 1 if arrival is not None else 1,
                 capacity=capacity(Config().limits),
+                manager=manager,
                 opening=kernel.opening,
             )
             for session in arrival.sessions if arrival is not None else ():
@@ -77,6 +84,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             if arrival is not None:
                 arrival.settle()
                 server.updates.begin(arrival, steps_us(arrival.index.frozen_at, system.monotonic_us(), system))
+            await server.begin_keeping(others=(), leaving=(), is_main=True)
             server.start()
             try:
                 yield Luod(server=server, directory=directory, kernel=kernel)
@@ -88,6 +96,8 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             listener.close()
         lock.close()
         kernel.close()
+        if server.keeper is not None:
+            server.keeper.close()
         close_all(fd for session in server.store for fd in session.take_fds())
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         report = connection.preflight()
         problems = _problems(report, args)
         running = connection.status()
-        no_systemd = systemd.why_not(running.manager, running.pid)
+        no_systemd = systemd.why_not(running.manager, systemd.unit_of(running.pid))
         if args.dry_run or problems:
             _plan(args, report, problems, no_systemd)
             if problems:

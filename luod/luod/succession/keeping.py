@@ -28,6 +28,7 @@ from typing import Final
 import trio
 
 from luod import survival
+from luod import unit as units
 from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.store import Ended, Store
 from luod.succession import ledger, relay
@@ -95,6 +96,7 @@ class Keeper:
         manager: the manager; owned.
         generation: of this luod.
         store: its sessions, and what ended.
+        unit: which unit of systemd luod is in; empty where that isn't known.
 
     Attributes:
         ready: set when it is known whether anything can be kept.
@@ -102,7 +104,7 @@ class Keeper:
         gone: whether the manager is gone.
     """
 
-    def __init__(self, *, manager: Manager, generation: int, store: Store) -> None:
+    def __init__(self, *, manager: Manager, generation: int, store: Store, unit: str = "") -> None:
         self.manager: Final = manager
         self.ready = trio.Event()
         self.fault = ""
@@ -115,6 +117,8 @@ class Keeper:
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
         self._has_successor = False
+        self._unit: Final = unit
+        self._keeps_over_stops: bool | None = None
 
     @property
     def count(self) -> int:
@@ -134,7 +138,7 @@ class Keeper:
         """What sessions survive with this manager."""
         if self.fault:
             return survival.not_kept(self.fault)
-        return survival.kept(restarts=self.manager.info.name == SYSTEMD)
+        return survival.kept(restarts=self.manager.info.name == SYSTEMD, stops=self._keeps_over_stops)
 
     async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool, spent: Collection[str] = ()) -> None:
         """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
@@ -150,6 +154,8 @@ class Keeper:
         self._fds = FdStore(self.manager, stored.union(others), is_heard=is_main)
         # What was opaque to a predecessor may be a session now.
         self._others = set(others) - stored
+        if self._unit and self.manager.info.name == SYSTEMD:
+            self._keeps_over_stops = await units.keeps_store(self._unit)
         try:
             await self._begin_ledger()
             for name in leaving:
