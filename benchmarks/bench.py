@@ -7,6 +7,8 @@ All numbers are medians of interleaved repetitions in one run: look at the ratio
   answers from before the call for the upgrade to a while after it, minus the median round trip. *At the switch* leaves out what happened
   while the old daemon served: it is the gap between the last answers of the old daemon and the first of the new one. Beside it, C's
   stop-and-copy: stop serving, send all fds to the successor, which serves.
+* start: from the start of a process until it says something: Python that has imported trio, and luod when it serves. Of a reboot into
+  another kernel (docs/kexec.md) that is the part that is luod's. Bytecode is there already, as in any installation.
 
 Where it is allowed everything runs under SCHED_RR (sched(7)), the C program too: whatever else the machine does is then no part of the
 numbers. It also keeps sender and receiver on two processors, which the C program gains most from.
@@ -19,6 +21,7 @@ import gc
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,6 +115,34 @@ def move(daemon: Daemon, count: int, batch: int) -> Moving:
             close_all(back.values())
         claim.finish()
     return Moving(store_us=stored / count * 1e6, retrieve_us=retrieved / count * 1e6)
+
+
+# ---- start
+
+
+def first_line(command: Sequence[str]) -> float:
+    """How long until a process says its first line on stderr, in milliseconds. It is ended then."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        took = time.perf_counter() - start
+        process.terminate()
+        process.stderr.read()
+    if not said or process.returncode not in (0, -signal.SIGTERM):
+        raise AssertionError(f"{command} ended with {process.returncode}: {said!r}")
+    return took * 1e3
+
+
+def starts(folder: str) -> dict[str, Sequence[str]]:
+    """What is started, by what it is called."""
+    code = "import sys{}; print('there', file=sys.stderr, flush=True); sys.stdin.read()"
+    python = [sys.executable, "-P", "-c"]
+    return {
+        "python": [*python, code.format("")],
+        "python, import trio": [*python, code.format(", trio")],
+        "luod": [sys.executable, "-P", "-m", "luod", "--runtime-dir", folder],
+    }
 
 
 # ---- upgrade
@@ -221,6 +252,21 @@ class Bench:
     def _daemon(self) -> Daemon:
         return Daemon(options=self._options, dev=False)
 
+    def starting(self) -> None:
+        """Process start to serving."""
+        with folder_for() as folder:
+            commands = starts(folder)
+            for command in commands.values():
+                first_line(command)
+            seen: dict[str, list[float]] = {what: [] for what in commands}
+            for _ in range(self._repetitions):
+                for what, command in commands.items():
+                    seen[what].append(first_line(command))
+        trio = median(seen["python, import trio"])
+        rows = [[what, f"{median(took):.0f}", f"{median(took) / trio:.2f}"] for what, took in seen.items()]
+        heads = ["milliseconds to the first line", "", "/ import trio"]
+        print(tabulate(rows, headers=heads, colalign=("left", "right", "right"), disable_numparse=True))
+
     def moving(self) -> None:
         """Store and retrieve, single and batched."""
         rows: list[list[str]] = []
@@ -311,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when something isn't as expected")
     options = parser.parse_args(argv)
     counts = sorted({int(count) for count in options.counts.split(",")})
-    os.environ.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        os.environ.pop(name, None)
     adopt_orphans()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -323,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.write_text(f"[limits]\nmax_preserved_fds = {max(counts) + BATCHED}\n")
         bench = Bench(options.fdmove, options.repetitions, counts, ["--config", str(config)])
         try:
+            bench.starting()
+            print()
             bench.moving()
             print()
             bench.upgrading()

@@ -32,7 +32,7 @@ from luod.checking import as_toml
 from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
-from luod.rehearsal import rehearse
+from luod.rehearsal import prepare_meanwhile, rehearse
 from luod.relaying import relay
 from luod.server import Server
 from luod.succession.adoption import adopt
@@ -235,8 +235,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
 
 @attrs.frozen(kw_only=True)
 class _Start:
-    """The two ways in which a server comes to be. Both leave the garbage collector with what is new only: a collection that walks the rest
-    costs 20 ms, which a client would wait for."""
+    """The two ways in which a server comes to be."""
 
     nursery: trio.Nursery
     config: Config
@@ -295,8 +294,7 @@ class _Start:
             for text in arrival.index.left_behind:
                 log.warning("%s ended with the last kernel: it was left behind", text)
         server.start()
-        gc.collect()
-        gc.freeze()
+        self.nursery.start_soon(prepare_meanwhile)
         return server
 
     def _collect(self) -> Mapping[int, Kept | LiveUpdateFault]:

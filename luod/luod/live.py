@@ -84,6 +84,7 @@ def describe(connection: Connection) -> list[tuple[Handover, Sequence[int]]]:
         session_id=session.session_id if session else b"",
         upgrade_seq=connection.upgrade_seq,
         lost=connection.lost_events,
+        notices=connection.client.notices,
     )
     return [*parts, (live, [connection.raw.fileno()])]
 
@@ -92,7 +93,7 @@ def revive(host: Host, live: LiveConnection, fd: OwnedFd, unread: Unread | None)
     """The connection that `live` describes; it owns `fd` and the fds of `unread` from here."""
     sock = socket.socket(fileno=fd.take())
     session = host.custody.store.by_id(live.session_id) if live.session_id else None
-    client = Client(peer=peer(sock)[1], process=live.client, session=session)
+    client = Client(peer=peer(sock)[1], process=live.client, session=session, notices=live.notices)
     if session is not None and session.state is SessionState.PRESERVED:
         session.step(SessionEvent.CLAIM)
         session.claimer = live.client

@@ -11,7 +11,7 @@ Unhappy paths:
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import attrs
 
@@ -75,12 +75,12 @@ class Manifest:
     entries: tuple[Entry, ...]
 
 
-_CODEC = Codec((Manifest,))
+CODEC: Final[Codec[Manifest]] = Codec((Manifest,))
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest`."""
-    return _CODEC.encode(manifest)
+    return CODEC.encode(manifest)
 
 
 def decode(data: bytes) -> Manifest:
@@ -94,6 +94,6 @@ def decode(data: bytes) -> Manifest:
         version = as_map(unpack(data)).get("version")
         if type(version) is int and version not in VERSIONS:
             raise ForeignManifest(f"a manifest of version {version}, this luod reads {VERSIONS}")
-        return _CODEC.decode(data)
+        return CODEC.decode(data)
     except (ProtocolFault, TypeError) as error:
         raise ManifestFault(str(error)) from None

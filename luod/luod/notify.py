@@ -122,13 +122,16 @@ class Manager:
                 raise ManagerGone(f"{self.info.name} was killed; start luod under a new one (`luod --supervised --takeover`)") from None
             raise ManagerFault(f"{self.info.name} can't be told ({self.info.address}): {error.strerror}") from None
 
-    async def barrier(self) -> None:
+    async def barrier(self, ends: tuple[OwnedFd, OwnedFd] | None = None) -> None:
         """Return when all that was told before has been taken.
+
+        Args:
+            ends: a `pipe()` that was made beforehand, owned: for who may have no descriptors left by now.
 
         Raises:
             ManagerFault: unhappy paths 2 and 3.
         """
-        ours, theirs = pipe()
+        ours, theirs = ends or pipe()
         with ours:
             with theirs:
                 await self.tell("BARRIER=1", fds=[theirs.fileno()])

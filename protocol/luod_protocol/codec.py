@@ -9,7 +9,7 @@ A message that is larger than a packet travels as `bulk`: see `wire`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, get_args, get_origin
 
@@ -175,7 +175,8 @@ class Codec(Generic[T]):
     """Encodes and decodes one closed set of message classes, told apart by their `type`.
 
     Args:
-        kinds: the message classes, each with a class attribute `type`.
+        kinds: the message classes, each with a class attribute `type`. What a class needs is made at its first message, which takes up to a
+            millisecond, or before that by `prepare`.
         max_values: how many values a message may be built of.
         tolerant: those of them that may have keys that aren't known here, also in the records inside; they are ignored.
     """
@@ -183,20 +184,41 @@ class Codec(Generic[T]):
     def __init__(self, kinds: Iterable[type[T]], max_values: int = MAX_VALUES, *, tolerant: Collection[type[T]] = ()) -> None:
         self._max_values = max_values
         self._kinds: Mapping[str, type[T]] = {kind.type: kind for kind in kinds}
-        strict, lax = strict_converter(), strict_converter(extra_keys=True)
-        # Made now and not at the first use: a daemon must not compile (or import) anything in a pause.
+        self._strict = strict_converter()
+        self._lax = strict_converter(extra_keys=True) if tolerant else self._strict
+        self._tolerant = frozenset(tolerant)
         self._structure: dict[type[T], Callable[[Any, Any], T]] = {}
         self._unstructure: dict[type[T], Callable[[T], dict[str, Any]]] = {}
+
+    def prepare(self, *, encode: bool = False, decode: bool = False) -> Iterator[None]:
+        """Make what is else made at the first message of each class, a class at each step: nothing should be compiled in a pause."""
         for kind in self._kinds.values():
-            converter = lax if kind in tolerant else strict
-            hook = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=converter is strict)
-            converter.register_structure_hook(kind, hook)
-            self._structure[kind] = hook
-            self._unstructure[kind] = make_dict_unstructure_fn(kind, converter)
+            if encode:
+                self._encoder(kind)
+            if decode:
+                self._decoder(kind)
+            yield
+
+    def _encoder(self, kind: type[T]) -> Callable[[T], dict[str, Any]]:
+        made = self._unstructure.get(kind)
+        if made is None:
+            made = self._unstructure[kind] = make_dict_unstructure_fn(kind, self._converter(kind))
+        return made
+
+    def _decoder(self, kind: type[T]) -> Callable[[Any, Any], T]:
+        made = self._structure.get(kind)
+        if made is None:
+            converter = self._converter(kind)
+            made = self._structure[kind] = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=converter is self._strict)
+            converter.register_structure_hook(kind, made)
+        return made
+
+    def _converter(self, kind: type[T]) -> cattrs.Converter:
+        return self._lax if kind in self._tolerant else self._strict
 
     def encode(self, message: T) -> bytes:
         """`message` as the bytes of one packet (or of one bulk memfd, when they are too many)."""
-        fields = self._unstructure[type(message)](message)
+        fields = self._encoder(type(message))(message)
         return pack({"type": message.type, **fields})
 
     def decode(self, data: bytes) -> T:
@@ -216,7 +238,7 @@ class Codec(Generic[T]):
             said = f"{tag:.80}" if type(tag) is str else f"of {type(tag).__name__}"
             raise ProtocolFault(FaultCode.UNKNOWN_MESSAGE, f"unknown type {said}; known here: {known}")
         try:
-            return self._structure[kind](value, kind)
+            return self._decoder(kind)(value, kind)
         except Exception as error:  # cattrs raises groups of whatever its hooks raise
             why = "; ".join(cattrs.transform_error(error, path=tag)[:5])
             raise ProtocolFault(FaultCode.MALFORMED, f"{why:.500}") from None

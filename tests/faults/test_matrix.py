@@ -19,6 +19,7 @@ HANDFUL = (
     ("old/after-send:frozen", "kill", Word.RESTARTED),
     ("new/before-send:verified", "no", Word.OLD),
     ("new/after-send:serving", "kill", Word.RESTARTED),
+    ("old/before-send:frozen", "EMFILE", Word.NEW),
     ("old/before-tell:MAINPID", "hang", Word.RESTARTED),
     ("old/after-tell:MAINPID", "kill", Word.NEW),
 )

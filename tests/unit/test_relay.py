@@ -159,7 +159,7 @@ async def test_what_luod_retrieves_itself_is_stored_until_boxes_are() -> None:
         assert list(stored) == kernel_sessions(there)
         found = names.sort([(name, duplicate(fd.fileno())) for name, fd in there.stored], "1" * 32)
         assert sorted(found.came) == [0, 1, 2]
-        close_all([*found.came.values(), *sessions.values()])
+        close_all([*found.came.values(), *(fd for _, fd in found.others), *sessions.values()])
         keeper = Keeper(manager=Manager(there.info), generation=1, store=Store())
         await keeper.begin(others=stored, leaving=(), is_main=True, spent=stored)
         assert kernel_sessions(there) == []

@@ -18,11 +18,13 @@ from kernel_standin import SEALABLE, KernelStandin
 from luod import listening
 from luod.capacity import capacity
 from luod.config import Config
+from luod.live import revive
 from luod.notify import ManagerInfo
 from luod.server import Server
 from luod.succession import kernel as succession
 from luod.succession.kernel import Arrival, collect, unload
 from luod.succession.liveupdate import LiveUpdateFault
+from luod.succession.messages import Connection as LiveConnection
 from luod.system import System
 from luod.updates import steps_us
 from luod_client import aio
@@ -103,7 +105,9 @@ async def luod(kernel: KernelStandin, *, manager: ManagerInfo | None = None, kex
 
 async def idle(nursery: trio.Nursery, server: Server) -> None:
     """Wait until every connection has ended and all is closed."""
-    while server.closer.total or any(task.name.endswith("Connection.run") for task in nursery.child_tasks):
+    while True:
+        if not server.closer.total and not any(task.name.endswith("Connection.run") for task in nursery.child_tasks):
+            return
         await trio.sleep(0.001)
 
 
@@ -209,6 +213,17 @@ async def test_read_only_stays_so(kernel: KernelStandin) -> None:
         os.pwrite(other["same"].fileno(), b"SHARED", 0)
         assert os.pread(owner["reader"].fileno(), 6, 0) == b"SHARED"
         close_all([*owner.values(), *other.values()])
+
+
+async def test_who_asked_to_be_told_is_told_by_a_successor_too(kernel: KernelStandin) -> None:
+    async with luod(kernel) as first, aio.serialize("told", notices=True, runtime_dir=first.directory) as session:
+        ((_, (*_, (live, fds))),) = first.server.connections()
+        assert isinstance(live, LiveConnection)
+        successors = revive(first.server, live, OwnedFd(os.dup(fds[0])), None)
+        assert successors.client.notices
+        successors.tell(m.Notice(seq=0, what="prepare", deadline=1.0))
+        assert await session.notice() == m.Notice(seq=0, what="prepare", deadline=1.0)
+        close_all(successors.take_fds())
 
 
 async def test_two_updates_in_a_row(kernel: KernelStandin) -> None:

@@ -164,7 +164,7 @@ class Connection:
     """Old to new, frozen: a live connection. fds: the connection.
 
     `session_id` is the session tied to it, or empty. `upgrade_seq` is the `seq` of an `upgrade` request to answer, or -1. `lost` counts
-    events that a monitor missed.
+    events that a monitor missed. `notices` tells whether the client asked to be told of updates.
     """
 
     type: ClassVar[str] = "connection"
@@ -175,6 +175,7 @@ class Connection:
     session_id: bytes
     upgrade_seq: int
     lost: int
+    notices: bool = False
 
 
 @attrs.frozen(kw_only=True)
