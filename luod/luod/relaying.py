@@ -1,13 +1,14 @@
 """The last thing that a luod does that systemd shuts down: what the kernel is to carry goes into the manager's store (`succession/relay`).
 
-Theory. `systemctl kexec` tells luod nothing but SIGTERM. An update that is prepared shall go on all the same. Where none is, but a kernel
-is loaded and there are sessions, the reason is most likely a kexec: it is prepared now, and whatever can't travel is left behind. Were it
-another reason, only time is lost: the next luod finds itself on the same kernel and lets go of it all.
+Theory. `systemctl kexec` tells luod nothing but SIGTERM. An update that is prepared shall go on all the same. Where none is, but systemd
+shuts down (it says so), a kernel is loaded and there are sessions, the reason is most likely a kexec: it is prepared now, and whatever
+can't travel is left behind. Were it another reboot, only time is lost.
 
 Unhappy paths:
 1. Something can't be preserved or stored, or it takes longer than `RELAY_S`: all is undone. luod ends as ever, its sessions are in the
    store as boxes, and a kexec costs them.
-2. The manager isn't systemd, or doesn't keep anything: nothing is done.
+2. The manager isn't systemd, or an older one, or doesn't keep anything: nothing is done. An update that was prepared ends with luod, which
+   says what would have done.
 
 Invariants: what was stored is what is frozen; nobody is served between the freeze and the end.
 """
@@ -15,6 +16,7 @@ Invariants: what was stored is what is frozen; nobody is served between the free
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import trio
@@ -24,6 +26,7 @@ from luod.notify import SYSTEMD, ManagerFault
 from luod.succession.fdstore import NotKept
 from luod.succession.keeping import Keeper
 from luod.system import System
+from luod.unit import FIRST, PidOne, pid_one
 from luod.updates import Updates
 from luod_protocol import messages as m
 from luod_protocol.errors import Refusal
@@ -47,12 +50,21 @@ class Host(Protocol):
     async def tell_manager(self, *fields: str) -> None: ...
 
 
-async def relay(host: Host) -> bool:
-    """Have systemd hold what the kernel is to carry, if there is anything. Returns whether it does."""
-    keeper = host.keeper
-    if keeper is None or keeper.gone or keeper.fault or keeper.manager.info.name != SYSTEMD:
+async def relay(host: Host, ask: Callable[[], Awaitable[PidOne | None]] = pid_one) -> bool:
+    """Have systemd hold what the kernel is to carry, if there is anything. Returns whether it does.
+
+    Args:
+        host: the server.
+        ask: asks for the systemd that runs.
+    """
+    keeper, is_prepared = host.keeper, host.updates.is_prepared
+    is_systemd = keeper is not None and keeper.manager.info.name == SYSTEMD
+    systemd = await ask() if is_systemd and (is_prepared or host.system.kexec_loaded()) else None
+    if not is_prepared and not (systemd is not None and systemd.is_stopping and host.updates.has_what_travels):
         return False
-    if not host.updates.is_to_travel(kexec_loaded=host.system.kexec_loaded()):
+    why = _why_not(keeper, systemd)
+    if keeper is None or why:
+        log.error("a kexec will cost the sessions that luod has: %s. `luoctl kexec run --now` goes to another kernel with luod alive", why)
         return False
     await host.tell_manager(f"EXTEND_TIMEOUT_USEC={int(RELAY_S * 1e6)}")
     try:
@@ -74,3 +86,11 @@ async def relay(host: Host) -> bool:
         await host.updates.cancel(m.CancelUpdate(seq=0, reason=why))
     host.gate.open()
     return False
+
+
+def _why_not(keeper: Keeper | None, systemd: PidOne | None) -> str:
+    if keeper is None or keeper.manager.info.name != SYSTEMD:
+        return "luod does not run as a service of systemd, which would carry them on"
+    if systemd is None or systemd.release < FIRST:
+        return f"this systemd is older than {FIRST}, the first that carries what the kernel preserves"
+    return keeper.fault

@@ -357,13 +357,16 @@ class Updates:
         self._step(UpdateEvent.FREEZE)
         self._frozen_by = by
 
-    def is_to_travel(self, *, kexec_loaded: bool) -> bool:
-        """Whether something is to travel when this process ends: an update is prepared, or seems to be wanted, a kernel being loaded."""
-        if self.state in (UpdateState.PREPARING, UpdateState.PREPARED):
-            return True
-        custody = self._host.custody
-        wanted = kexec_loaded and not self.is_running and not self._host.is_handing_over
-        return wanted and any(each.sealed is not None for each in custody.store) and not custody.carriable.fault
+    @property
+    def is_prepared(self) -> bool:
+        """Whether an update is prepared, or about to be."""
+        return self.state in (UpdateState.PREPARING, UpdateState.PREPARED)
+
+    @property
+    def has_what_travels(self) -> bool:
+        """Whether one could be prepared that carries something."""
+        custody, is_free = self._host.custody, not self.is_running and not self._host.is_handing_over
+        return is_free and any(each.sealed is not None for each in custody.store) and not custody.carriable.fault
 
     async def end(self) -> list[Kept]:
         """Freeze, and prepare before if it isn't done: this process is about to end. Nobody is served from here on. Cancelled, or refused:

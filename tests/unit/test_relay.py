@@ -4,7 +4,7 @@ the next luod makes of it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
@@ -16,11 +16,27 @@ from luod.succession import relay as names
 from luod.succession.keeping import Keeper, secure
 from luod.succession.kernel import Arrival, unload
 from luod.succession.liveupdate import LiveUpdateFault
+from luod.unit import PidOne
 from luod_client import aio
 from luod_protocol.fds import OwnedFd, close_all, duplicate
 from standin_manager import StandinManager, standin_manager
 from things import memfd as plain
 from unit.test_updates import boot_id, keep, luod, memfd, prepared
+
+
+def says(systemd: PidOne | None) -> Callable[[], Awaitable[PidOne | None]]:
+    """A PID 1."""
+
+    async def ask() -> PidOne | None:
+        return systemd
+
+    return ask
+
+
+SHUTS_DOWN = says(PidOne(release=262, is_stopping=True))
+RESTARTS = says(PidOne(release=262, is_stopping=False))
+OLDER = says(PidOne(release=260, is_stopping=True))
+SAYS_NOTHING = says(None)
 
 
 def kernel_sessions(there: StandinManager) -> list[str]:
@@ -58,7 +74,7 @@ async def test_what_is_prepared_lies_in_the_store_at_the_end_and_comes_back() ->
         await keep(first, "many", {f"e{number}": memfd(b"%d" % number) for number in range(130)})
         await keep(first, "one", {"e": memfd(b"one")})
         await prepared(first)
-        assert await relay(first.server)
+        assert await relay(first.server, SHUTS_DOWN)
         assert first.server.updates.state == "frozen"
         boot = boot_id(kernel)
         assert kernel_sessions(there) == [names.name(boot, number) for number in range(4)]
@@ -78,7 +94,7 @@ async def test_with_a_kernel_loaded_it_is_prepared_at_the_end() -> None:
     async with standin_manager() as (there, _), luod(kernel := KernelStandin(), manager=there.info, kexec_loaded=True) as first:
         await keep(first, "travels", {"e": memfd(b"travels")})
         await keep(first, "stays", {"e": OwnedFd(os.eventfd(0))})
-        assert await relay(first.server)
+        assert await relay(first.server, SHUTS_DOWN)
         status = first.server.updates.status(0)
         assert (status.carried, status.left_behind) == (1, (f"session 'stays' of uid {os.geteuid()}",))
         following, passed = carried(there, kernel)
@@ -95,29 +111,67 @@ async def test_an_open_session_is_not_waited_for_at_the_end() -> None:
         async with aio.serialize("open", runtime_dir=first.directory):
             async with aio.control(runtime_dir=first.directory) as control:
                 assert (await control.prepare(deadline_s=600)).state == "preparing"
-            assert await relay(first.server)
+            assert await relay(first.server, SHUTS_DOWN)
             assert first.server.updates.status(0).left_behind == (f"session 'open' of uid {os.geteuid()}",)
             assert len(kernel_sessions(there)) == 2
             first.server.gate.open()
 
 
-async def test_nothing_is_done_without_a_reason() -> None:
+async def test_nothing_is_done_without_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     async with standin_manager() as (there, _):
         async with luod(KernelStandin(), manager=there.info) as no_kernel_loaded:
             await keep(no_kernel_loaded, "one", {"e": memfd(b"one")})
-            assert not await relay(no_kernel_loaded.server)
+            assert not await relay(no_kernel_loaded.server, SHUTS_DOWN)
         async with luod(KernelStandin(boot=2), manager=there.info, kexec_loaded=True) as no_sessions:
-            assert not await relay(no_sessions.server)
+            assert not await relay(no_sessions.server, SHUTS_DOWN)
         async with luod(KernelStandin(is_there=False), manager=there.info, kexec_loaded=True) as no_live_update:
             await keep(no_live_update, "one", {"e": memfd(b"one")})
-            assert not await relay(no_live_update.server)
-        supervised = ManagerInfo(name=SUPERVISOR, address=there.info.address)
-        async with luod(KernelStandin(), manager=supervised, kexec_loaded=True) as ends_with_its_manager:
-            await keep(ends_with_its_manager, "one", {"e": memfd(b"one")})
-            assert not await relay(ends_with_its_manager.server)
+            assert not await relay(no_live_update.server, SHUTS_DOWN)
+        for systemd in (RESTARTS, SAYS_NOTHING):
+            async with luod(KernelStandin(), manager=there.info, kexec_loaded=True) as only_stopped:
+                await keep(only_stopped, "one", {"e": memfd(b"one")})
+                assert not await relay(only_stopped.server, systemd)
         assert kernel_sessions(there) == []
     async with luod(KernelStandin(), kexec_loaded=True) as no_manager:
-        assert not await relay(no_manager.server)
+        await keep(no_manager, "one", {"e": memfd(b"one")})
+        assert not await relay(no_manager.server, SHUTS_DOWN)
+    assert "a kexec will cost" not in caplog.text
+
+
+async def test_an_older_systemd_that_shuts_down_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    async with standin_manager() as (there, _), luod(KernelStandin(), manager=there.info, kexec_loaded=True) as first:
+        await keep(first, "one", {"e": memfd(b"one")})
+        assert not await relay(first.server, OLDER)
+        assert "older than 261" in caplog.text
+        assert kernel_sessions(there) == []
+
+
+async def test_a_prepared_update_that_ends_with_luod_says_what_would_have_done(caplog: pytest.LogCaptureFixture) -> None:
+    async with standin_manager(limit=0) as (full, _), standin_manager() as (there, _):
+        supervised = ManagerInfo(name=SUPERVISOR, address=there.info.address)
+        for manager, systemd, says in (
+            (None, SHUTS_DOWN, "does not run as a service of systemd"),
+            (supervised, SHUTS_DOWN, "does not run as a service of systemd"),
+            (there.info, OLDER, "older than 261"),
+            (there.info, SAYS_NOTHING, "older than 261"),
+            (full.info, SHUTS_DOWN, "FileDescriptorStoreMax="),
+        ):
+            caplog.clear()
+            async with luod(KernelStandin(), manager=manager) as first:
+                await keep(first, "one", {"e": memfd(b"one")})
+                await prepared(first)
+                assert not await relay(first.server, systemd)
+            assert says in caplog.text
+            assert "`luoctl kexec run --now`" in caplog.text
+        assert kernel_sessions(there) == []
+
+
+async def test_a_prepared_update_goes_on_whatever_systemd_stops_luod_for() -> None:
+    async with standin_manager() as (there, _), luod(KernelStandin(), manager=there.info) as first:
+        await keep(first, "one", {"e": memfd(b"one")})
+        await prepared(first)
+        assert await relay(first.server, RESTARTS)
+        assert len(kernel_sessions(there)) == 2
 
 
 async def test_a_store_that_is_full_costs_nothing_but_the_kexec(caplog: pytest.LogCaptureFixture) -> None:
@@ -125,7 +179,7 @@ async def test_a_store_that_is_full_costs_nothing_but_the_kexec(caplog: pytest.L
         await keep(first, "one", {"e": memfd(b"one")})
         await keep(first, "two", {"e": memfd(b"two")})
         await prepared(first)
-        assert not await relay(first.server)
+        assert not await relay(first.server, SHUTS_DOWN)
         assert kernel_sessions(there) == []
         assert first.server.updates.state == "normal"
         assert not kernel.preserved()
@@ -140,7 +194,7 @@ async def test_a_luod_that_crashes_in_the_next_kernel_loses_nothing() -> None:
         await keep(first, "one", {"shared": memfd(b"one")})
         await keep(first, "two", {"e": memfd(b"two")})
         await prepared(first)
-        assert await relay(first.server)
+        assert await relay(first.server, SHUTS_DOWN)
         following, passed = carried(there, kernel)
     crashed = unload(passed, boot_id(following))
     assert crashed is not None
@@ -180,7 +234,7 @@ async def test_a_kernel_session_that_systemd_does_not_bring_is_told(missing: int
         await keep(first, "one", {"e": memfd(b"one")})
         await keep(first, "two", {"e": memfd(b"two")})
         await prepared(first)
-        assert await relay(first.server)
+        assert await relay(first.server, SHUTS_DOWN)
         following, passed = carried(there, kernel)
     arrival = unload({number: session for number, session in passed.items() if number != missing}, boot_id(following))
     if missing:

@@ -13,6 +13,7 @@ import trio
 
 from luod import survival, unit
 from luod.survival import Survives
+from luod.unit import PidOne
 from luod_client import systemd
 from luod_protocol.errors import Code, Refusal
 
@@ -63,6 +64,24 @@ async def test_what_an_older_or_odd_systemd_tells_is_no_promise(tmp_path: Path, 
     async with pid_one(tmp_path, told) as (address, _):
         assert await unit.keeps_store("luod.service", address=address) is None
     assert await unit.keeps_store("luod.service", address=str(tmp_path / "nothing")) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "found"),
+    [
+        ("262.1-1", "stopping", PidOne(release=262, is_stopping=True)),
+        ("261~rc1", "degraded", PidOne(release=261, is_stopping=False)),
+        ("new", "running", PidOne(release=0, is_stopping=False)),
+        (None, None, None),
+    ],
+)
+async def test_luod_asks_which_systemd_it_is_and_whether_it_shuts_down(
+    tmp_path: Path, version: str | None, state: str | None, found: PidOne | None
+) -> None:
+    data = json.dumps({"parameters": {"runtime": {"Version": version, "SystemState": state}}}).encode()
+    async with pid_one(tmp_path, data + b"\0") as (address, asked):
+        assert await unit.pid_one(address=address) == found
+    assert b"io.systemd.Manager.Describe" in asked[0]
 
 
 def test_which_unit_it_is() -> None:
