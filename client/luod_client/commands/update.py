@@ -88,8 +88,9 @@ def run(args: argparse.Namespace) -> None:
                 _freeze(connection)
                 kexec.jump()
             else:
+                found = connection.update()  # luod may end at any moment from here on
                 systemd.kexec()
-                _tell(args, connection.update())
+                _tell(args, found)
         except (Disconnected, ProtocolFault):
             raise
         except BaseException as error:
