@@ -12,6 +12,8 @@ Unhappy paths:
 2. The manager can't be reached, or doesn't take what was sent within `ANSWER_S`: `ManagerFault`. What was sent may still be taken later.
 3. The manager is gone (`luod --supervised` can be killed, systemd can't): `ManagerGone`, and nothing is kept any more.
 4. A message is not permitted, or the store is full: nothing tells. Whoever must know finds it out (succession/fdstore).
+5. luod has no descriptor for a barrier, or may send none (ETOOMANYREFS): it looks until the queue has been emptied. That is as good, only
+   that nothing tells. A predecessor whose successor serves must not fail here.
 
 Sources: sd_notify(3), sd_listen_fds(3), systemd.exec(5) on $SYSTEMD_EXEC_PID, sd_watchdog_enabled(3).
 """
@@ -20,9 +22,12 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import os
 import select
 import socket
+import sys
+import termios
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -36,12 +41,19 @@ from luod_protocol.fds import OwnedFd, own
 ANSWER_S: Final = 30.0
 """How long the manager may take for what it was sent, in seconds. systemd does nothing else while it reloads its units."""
 
+LOOK_S: Final = 0.005
+"""How long until it is looked again whether the manager has taken what it was sent, in seconds: no event tells."""
+
 SYSTEMD: Final = "systemd"
 SUPERVISOR: Final = "luod --supervised"
 
 
 class ManagerFault(LuodError):
     """The service manager can't be told, or doesn't take what it was told."""
+
+
+class NoDescriptors(ManagerFault):
+    """No descriptor can be made or sent just now."""
 
 
 class ManagerGone(ManagerFault):
@@ -120,25 +132,36 @@ class Manager:
         except OSError as error:
             if self.info.name == SUPERVISOR and error.errno in (errno.ENOENT, errno.ECONNREFUSED):
                 raise ManagerGone(f"{self.info.name} was killed; start luod under a new one (`luod --supervised --takeover`)") from None
-            raise ManagerFault(f"{self.info.name} can't be told ({self.info.address}): {error.strerror}") from None
+            kind = NoDescriptors if error.errno == errno.ETOOMANYREFS else ManagerFault
+            raise kind(f"{self.info.name} can't be told ({self.info.address}): {error.strerror}") from None
 
-    async def barrier(self, ends: tuple[OwnedFd, OwnedFd] | None = None) -> None:
+    async def barrier(self) -> None:
         """Return when all that was told before has been taken.
-
-        Args:
-            ends: a `pipe()` that was made beforehand, owned: for who may have no descriptors left by now.
 
         Raises:
             ManagerFault: unhappy paths 2 and 3.
         """
-        ours, theirs = ends or pipe()
+        with trio.move_on_after(ANSWER_S):
+            try:
+                await self._barrier()
+            except NoDescriptors:
+                await self._emptied()
+            return
+        raise ManagerFault(f"{self.info.name} did not take what it was sent within {ANSWER_S:g} s")
+
+    async def _emptied(self) -> None:
+        while True:
+            # SIOCOUTQ of unix(7) is this number: what was sent and not taken, in bytes of memory.
+            if not int.from_bytes(fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                return
+            await trio.sleep(LOOK_S)
+
+    async def _barrier(self) -> None:
+        ours, theirs = pipe()
         with ours:
             with theirs:
                 await self.tell("BARRIER=1", fds=[theirs.fileno()])
-            with trio.move_on_after(ANSWER_S):
-                await trio.lowlevel.wait_readable(ours.fileno())
-                return
-        raise ManagerFault(f"{self.info.name} did not take what it was sent within {ANSWER_S:g} s")
+            await trio.lowlevel.wait_readable(ours.fileno())
 
     def close(self) -> None:
         """Say no more."""
@@ -149,12 +172,12 @@ def pipe() -> tuple[OwnedFd, OwnedFd]:
     """A pipe to see by when the manager lets go of the end to write, which is the second.
 
     Raises:
-        ManagerFault: luod has no descriptors for it.
+        NoDescriptors: luod has none for it.
     """
     try:
         read, write = own(os.pipe2(os.O_CLOEXEC))
     except OSError as error:
-        raise ManagerFault(f"luod can't make a pipe to ask the service manager with: {error.strerror}") from None
+        raise NoDescriptors(f"luod can't make a pipe to ask the service manager with: {error.strerror}") from None
     return read, write
 
 

@@ -19,7 +19,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -36,7 +36,7 @@ from luod.handlers.kernel import socket_name
 from luod.handlers.recognizer import Recognizer
 from luod.lifecycle import SessionState
 from luod.live import describe, peer, revive
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo, pipe
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.orchestrator import Orchestrator
 from luod.policy import ROOT
 from luod.session import Session
@@ -384,27 +384,15 @@ class Server:
             await self.tell_manager("WATCHDOG=1", f"STATUS={state}")
             await trio.sleep(min(REPORT_S, watchdog_s / 2) if watchdog_s else REPORT_S)
 
-    def prepare_announcement(self) -> tuple[OwnedFd, OwnedFd] | None:
-        """What `announce` needs, owned by the caller; None without a manager.
-
-        Raises:
-            ManagerFault: luod has no descriptors for it.
-        """
-        return pipe() if self.manager is not None else None
-
-    async def announce(self, pid: int, ends: tuple[OwnedFd, OwnedFd] | None) -> None:
-        """Have the service manager know the process `pid` as the service's main process. Does nothing without a manager. `ends` are what
-        was prepared, or None for ends of its own.
+    async def announce(self, pid: int) -> None:
+        """Have the service manager know the process `pid` as the service's main process. Does nothing without a manager.
 
         Raises:
             ManagerFault: it can't be told, or doesn't confirm.
         """
-        with ExitStack() as unused:
-            for end in ends or ():
-                unused.enter_context(end)
-            if self.keeper is not None:
-                await self.keeper.manager.tell(f"MAINPID={pid}")
-                await self.keeper.manager.barrier(ends)
+        if self.keeper is not None:
+            await self.keeper.manager.tell(f"MAINPID={pid}")
+            await self.keeper.manager.barrier()
 
     def tell_monitors(self, event: str, detail: str) -> None:
         """Publish what happens to the daemon itself."""

@@ -28,7 +28,7 @@ SHORT: Final = "[handover]\nmeet_s = 15.0\ncopy_s = 2.0\nfreeze_s = 2.0\ncommit_
 """Bounds of a handover that are waited for."""
 LONG: Final = "[handover]\nmeet_s = 60.0\ncopy_s = 60.0\nfreeze_s = 60.0\ncommit_s = 60.0\n"
 """Bounds that no machine is too busy for."""
-WATCHDOG_S: Final = 2.0
+WATCHDOG_S: Final = 4.0
 START_S: Final = 8.0
 ANSWER_S: Final = 0.3
 """Within which a luod that isn't busy answers; asked again where it matters."""

@@ -7,6 +7,8 @@ import resource
 import socket
 
 import pytest
+import trio
+import trio.testing
 
 from luod.notify import SUPERVISOR, SYSTEMD, Manager, ManagerFault, ManagerInfo, of_this_process, pipe, started_by_systemd
 
@@ -53,6 +55,31 @@ async def test_an_abstract_address() -> None:
         here = Manager(ManagerInfo(name=SYSTEMD, address=f"@luod-test-{os.getpid()}"))
         await here.tell("READY=1", "STATUS=well")
         assert there.recv(100) == b"READY=1\nSTATUS=well"
+        here.close()
+
+
+async def test_a_barrier_without_descriptors_waits_for_the_manager_all_the_same() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+        there.bind(b"\0luod-test-%d" % os.getpid())
+        here = Manager(ManagerInfo(name=SYSTEMD, address=f"@luod-test-{os.getpid()}"))
+        await here.tell("MAINPID=7")
+        over: list[bytes] = []
+
+        async def wait() -> None:
+            await here.barrier()
+            over.append(b"barrier")
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not over
+                over.append(there.recv(100))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert over == [b"MAINPID=7", b"barrier"]
         here.close()
 
 

@@ -119,9 +119,7 @@ class Host(Protocol):
 
     async def settled(self) -> None: ...
 
-    def prepare_announcement(self) -> tuple[OwnedFd, OwnedFd] | None: ...
-
-    async def announce(self, pid: int, ends: tuple[OwnedFd, OwnedFd] | None) -> None: ...
+    async def announce(self, pid: int) -> None: ...
 
 
 class OldSide:
@@ -151,7 +149,6 @@ class OldSide:
         self._serving_read = False
         self._offered: Sequence[Session] = ()
         self._let_go: dict[bytes, trio.Event] = {}
-        self._announcement: tuple[OwnedFd, OwnedFd] | None = None
         self._post, self._events = trio.open_memory_channel[tuple[OldEvent, Handover | str]](math.inf)
 
     # ------------------------------------------------------------------------------------------------------ the steps
@@ -171,7 +168,6 @@ class OldSide:
             await self._copy(self._offered)
             # Once more, for clients went on, and open sessions and connections are not in the log.
             self._refuse_what_it_can_not_carry(meet)
-            self._prepare_release()
             await self._freeze()
             await self._commit()
             await self._release(meet.pid)
@@ -186,7 +182,6 @@ class OldSide:
             log.exception(BUG)
             raise HandoverFailed(BUG) from bug
         finally:
-            close_all(self._announcement or ())
             if self.state in (OldState.FROZEN, OldState.DRAINING, OldState.REPLACED, OldState.RELEASED):
                 # Replaced; or this process is ending in the middle, and its successor will find it dead and serve.
                 self._channel.close()
@@ -260,13 +255,6 @@ class OldSide:
         if event is not OldEvent.VERIFIED:
             self._fail(event, said)
         self._step(event)
-
-    def _prepare_release(self) -> None:
-        # Once the successor serves there is no way back: what is needed then is had now.
-        try:
-            self._announcement = self._host.prepare_announcement()
-        except ManagerFault as error:
-            self._fail(OldEvent.LATE, str(error))
 
     async def _freeze(self) -> None:
         self._host.tell_monitors("freezing", f"generation {self._host.generation}")
@@ -349,8 +337,7 @@ class OldSide:
         ends it when it takes too long."""
         while True:
             try:
-                ends, self._announcement = self._announcement, None
-                await self._host.announce(successor, ends)
+                await self._host.announce(successor)
                 break
             except ManagerGone:
                 break
