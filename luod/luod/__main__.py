@@ -262,7 +262,7 @@ class _Start:
         adopted = adopt(relayed.others, self.system.boot_id)
         began_us = self.system.monotonic_us()
         collected = {number: KernelSession(f"{number} of systemd", fd) for number, fd in relayed.came.items()} or self._collect()
-        securing = [] if relayed.came else await self._secure(manager, [name for name, _ in passed.stored], collected)
+        securing: Sequence[str] = () if relayed.came else await self._secure(manager, [name for name, _ in passed.stored], collected)
         known = {each.session_id for each in adopted.sessions} | {each.session_id for each in adopted.ended}
         arrival = unload(collected, self.system.boot_id, known=known)
         generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
@@ -282,8 +282,10 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        spent, leaving = (*relayed.names, *securing), (*adopted.leaving, *relayed.of_this_boot)
-        others = (*adopted.others, *relayed.of_this_boot, *spent)
+        brought, leaving = (*relayed.names, *securing), (*adopted.leaving, *relayed.of_this_boot)
+        others = (*adopted.others, *relayed.of_this_boot, *brought)
+        # Without an arrival another luod may know more: a newer one.
+        spent = brought if arrival is not None else ()
         await server.begin_keeping(others=others, leaving=leaving, is_main=True, spent=spent)
         if arrival is not None:
             if server.keeper is None or not {*spent}.intersection(server.keeper.others):

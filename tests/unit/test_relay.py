@@ -18,6 +18,7 @@ from luod.succession.kernel import Arrival, unload
 from luod.succession.liveupdate import LiveUpdateFault
 from luod.unit import PidOne
 from luod_client import aio
+from luod_protocol.codec import pack
 from luod_protocol.fds import OwnedFd, close_all, duplicate
 from standin_manager import StandinManager, standin_manager
 from things import memfd as plain
@@ -270,3 +271,15 @@ def test_names_tell_of_which_boot_they_are() -> None:
     without_index = names.name(third, 5)
     assert sorted_names([without_index, *theirs], this) == ([], [0, 1], [without_index, *theirs], [])
     assert sorted_names([theirs[0], theirs[0]], this) == ([], [1], [theirs[0]], [])
+
+
+async def test_an_index_of_a_newer_luod_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = KernelStandin()
+    with memfd(pack({"version": 99})) as index:
+        kernel.opening(patience_s=0).create("luod-index").preserve(index.fileno(), 0)
+    following = kernel.kexec()
+    session = following.opening(patience_s=0).retrieve("luod-index")
+    assert unload({0: session}, "boot") is None
+    assert "a newer luod wrote it" in caplog.text
+    assert "finish luod-index" not in following.calls
+    following.close()

@@ -14,7 +14,8 @@ Unhappy paths:
 3. A session can't be unloaded (the kernel failed, a parcel of a newer version): it is lost, with a reason that is told; the others come.
 4. There is no index: nothing was carried.
 5. Somebody else has retrieved the kernel sessions, and passes them on (`relay`): these are unloaded, and nothing is collected.
-6. A luod has died here before: what it had put elsewhere isn't unloaded again.
+6. The index can't be read, being of a newer luod's: nothing is unloaded. Where a manager has the kernel sessions too they stay with it.
+7. A luod has died here before: what it had put elsewhere isn't unloaded again.
 
 Invariants: a file of the last kernel counts as preserved until its kernel session is finished, so nothing is loaded while a `Hold`
 holds any. A memfd comes back with no more rights than it had: read-only stays read-only, and so do its permissions, which guard
@@ -317,8 +318,8 @@ def unload(collected: Mapping[int, Kept | LiveUpdateFault], boot_id: str, *, kno
         try:
             index = decode_index(_record(first))
         except (ParcelFault, LiveUpdateFault, OSError) as error:
-            log.error("the last kernel brought sessions that are lost: %s: %s", INDEX, error)
-            _finish(first)
+            log.error("the last kernel brought sessions that this luod can't use: %s: %s", INDEX, error)
+            first.close()
             return None
         came: dict[bytes, list[Kept]] = {}
         lost: list[str] = []
