@@ -27,7 +27,7 @@ test: $(READY)-test  ## all tests
 
 test-lab: $(READY)-test  ## the tests that boot a kernel of their own, with live update, under QEMU
 	@$(BIN)/python tests/lab/vm.py --check
-	@$(BIN)/python -m pytest -m lab -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
+	@$(BIN)/python -m pytest -m lab -rs -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
 
 lab-kernel:  ## that kernel, from Debian's source, in the user's cache; where there is one already it is taken
 	@'$(PYTHON)' tests/lab/vm.py --kernel || tests/lab/build-kernel "$$('$(PYTHON)' tests/lab/vm.py --kernel-place)"
