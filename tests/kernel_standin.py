@@ -1,7 +1,8 @@
 """A kernel with a Live Update Orchestrator, for tests: real fds, the kernel's rules, a record of the calls, and faults on demand.
 
-The rules are those of Linux 7.3: memfds only, each once; a session ends with its fd; what was retrieved counts as preserved until it is
-finished. A memfd comes back as another one, open for reading and writing, with the position, size, contents and seals it had.
+The rules are those of Linux 7.3: memfds only (a later one may have `learned` more), each once; a session ends with its fd; what was
+retrieved counts as preserved until it is finished. A memfd comes back as another one, open for reading and writing, with the position,
+size, contents and seals it had.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -27,6 +28,9 @@ SEALABLE: Final = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 class KernelStandin:
     """`opening` opens its device. `calls` has what was done; `fault(call)` may raise what the kernel shall answer.
 
+    `learned` has what it carries besides, as links in /proc/self/fd begin: `anon_inode:[eventfd]`. `refuses` has what a kernel says of a fd
+    of which it knows the kind: errno(3) by such a beginning.
+
     `boot` counts kernels, `outgoing` are the sessions for the next kernel, `incoming` those from the last.
     """
 
@@ -34,6 +38,8 @@ class KernelStandin:
     fault: Callable[[str], None] = lambda _: None
     outgoing: dict[str, SessionStandin] = attrs.Factory(dict[str, "SessionStandin"])
     incoming: dict[str, SessionStandin] = attrs.Factory(dict[str, "SessionStandin"])
+    learned: tuple[str, ...] = ()
+    refuses: Mapping[str, int] = attrs.Factory(dict[str, int])
     boot: int = 1
     is_there: bool = True
     is_open: bool = False
@@ -60,7 +66,7 @@ class KernelStandin:
 
     def kexec(self) -> KernelStandin:
         """The next kernel, with what was preserved; this one is gone."""
-        following = KernelStandin(boot=self.boot + 1)
+        following = KernelStandin(boot=self.boot + 1, learned=self.learned)
         for name, session in list(self.outgoing.items()):
             copies = {token: _copied(fd) for token, fd in session.files.items()}
             following.incoming[name] = SessionStandin(kernel=following, name=name, files=copies, came=True)
@@ -115,10 +121,15 @@ class SessionStandin:
     def preserve(self, fd: int, token: int) -> None:
         self.kernel.note(f"preserve {self.name} {token}")
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_dev != memfd_device():
+        link = os.readlink(f"/proc/self/fd/{fd}")
+        for beginning, number in self.kernel.refuses.items():
+            if link.startswith(beginning):
+                raise LiveUpdateFault(f"{self.name}, token {token}: not this one", number, "not this one")
+        is_memfd = stat.S_ISREG(status.st_mode) and status.st_dev == memfd_device()
+        if not is_memfd and not link.startswith(self.kernel.learned):
             why = "this kernel can't carry fds of this kind"
             raise LiveUpdateFault(f"{self.name}, token {token}: {why}", errno.ENOENT, why)
-        if (status.st_dev, status.st_ino) in self.kernel.preserved():
+        if is_memfd and (status.st_dev, status.st_ino) in self.kernel.preserved():
             raise LiveUpdateFault(f"{self.name}, token {token}: a kernel session has it already", errno.EBUSY)
         if token in self.files:
             raise LiveUpdateFault(f"{self.name}, token {token}: this token is used already", errno.EEXIST)
@@ -159,6 +170,8 @@ def _key(fd: OwnedFd) -> tuple[int, int]:
 
 
 def _copied(fd: OwnedFd) -> OwnedFd:
+    if not stat.S_ISREG(os.fstat(fd.fileno()).st_mode):
+        return duplicate(fd.fileno())
     copy = OwnedFd(os.memfd_create("", SEALABLE))
     size = os.fstat(fd.fileno()).st_size
     with OwnedFd(os.open(f"/proc/self/fd/{fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC)) as readable:

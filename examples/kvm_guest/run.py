@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator, Sequence
 
 try:
+    import attrs
     from tabulate import tabulate
 
     import luod_client
+    from luod_client import cli
     from luod_client.demo import guest, kvm
     from luod_client.demo.checks import compare_guest
+    from luod_client.demo.lab import play_a_kexec
     from luod_client.demo.prctl import subreaper
     from luod_client.demo.processes import Daemons
 except ImportError as error:
@@ -53,7 +57,8 @@ def resume(session: str, runtime_dir: str | None, counts: int) -> bool:
     rows = [[check.what, f"{check.expected:.20}", f"{check.seen:.20}", "ok" if check.ok else "DIFFERS"] for check in checks]
     print("", tabulate(rows, headers=["what", "expected", "seen", ""], disable_numparse=True), "", sep="\n")
     pause_ms, rebuild_ms = resumed.pause_s * 1000, resumed.rebuild_s * 1000
-    print(f"The guest stood still for {pause_ms:.0f} ms; to make its machine again took {rebuild_ms:.2f} ms of that.", flush=True)
+    how = " (known to a second: the next kernel's clock begins with a whole one)" if moved.to_another_kernel else ""
+    print(f"The guest stood still for {pause_ms:.0f} ms{how}; to make its machine again took {rebuild_ms:.2f} ms of that.", flush=True)
     return all(check.ok for check in checks)
 
 
@@ -68,30 +73,77 @@ def _served(runtime_dir: str | None) -> bool:
     return True
 
 
-def story(session: str, runtime_dir: str | None, counts: int, require: list[str]) -> bool:
-    """Both halves, each in a process of its own, and a luod for them if there is none; that one is replaced in between."""
-    if why := kvm.works():
-        raise kvm.KvmFault(why)
+@attrs.frozen(kw_only=True)
+class Story:
+    """Both halves, each in a process of its own, and a luod for them if there is none.
 
-    def half(*arguments: str) -> bool:
-        where = [] if runtime_dir is None else ["--runtime-dir", runtime_dir]
-        common = ["--session", session, "--counts", str(counts), *where]
+    Args:
+        session: its name.
+        runtime_dir: where luod is; None: in the usual place, or nowhere yet.
+        counts: how far to count, in each process.
+        require: what the preserved guest must survive.
+    """
+
+    session: str
+    runtime_dir: str | None
+    counts: int
+    require: Sequence[str]
+
+    def over_an_upgrade(self) -> bool:
+        """One after the other; a luod that was started here is replaced in between."""
+        with self._luod() as (directory, ours):
+            if not self._preserve(directory, self.require):
+                return False
+            if ours:
+                with luod_client.control(runtime_dir=directory) as control:
+                    upgraded = control.upgrade()
+                print(f"luod is replaced: process {upgraded.predecessor_pid} by process {upgraded.pid}", flush=True)
+            return self._half(directory, "resume")
+
+    def before_a_kexec(self) -> bool:
+        """Preserve a guest, and go to the kernel that is loaded. Returns only when something fails."""
+        with self._luod() as (directory, _):
+            if not self._preserve(directory, [*self.require, "kexec"]):
+                return False
+            print("the process has ended, and the machine goes to the next kernel: luoctl kexec run --now", flush=True)
+            cli.main([*_where(directory), "kexec", "run", "--now"])
+            return False
+
+    def after_a_kexec(self) -> bool:
+        """In the next kernel: take the guest back."""
+        with self._luod() as (directory, _):
+            with luod_client.control(runtime_dir=directory) as control:
+                status, update = control.status(), control.update()
+            said = f"{update.arrived} session{'' if update.arrived == 1 else 's'} came from the last kernel"
+            print(f"the next kernel: luod is process {status.pid}, of generation {status.generation}; {said}", flush=True)
+            if not self._half(directory, "resume"):
+                return False
+            steps = ", ".join(f"{name} {us / 1000:.0f} ms" for name, us in update.steps_us.items())
+            print(f"Of that, the way through the kexec: {steps}.", flush=True)
+            return True
+
+    @contextlib.contextmanager
+    def _luod(self) -> Generator[tuple[str | None, bool]]:
+        """Where luod is, and whether it was started here."""
+        if why := kvm.works():
+            raise kvm.KvmFault(why)
+        if _served(self.runtime_dir):
+            yield self.runtime_dir, False
+            return
+        with subreaper(), tempfile.TemporaryDirectory(prefix="luod-kvm-") as directory, Daemons(directory):
+            print(f"no luod is running: one is started, in {directory}", flush=True)
+            yield directory, True
+
+    def _preserve(self, directory: str | None, require: Sequence[str]) -> bool:
+        return self._half(directory, *(word for each in require for word in ("--require", each)), "preserve")
+
+    def _half(self, directory: str | None, *arguments: str) -> bool:
+        common = ["--session", self.session, "--counts", str(self.counts), *_where(directory)]
         return subprocess.run([sys.executable, __file__, *common, *arguments], check=False).returncode == 0
 
-    with contextlib.ExitStack() as stack:
-        ours = not _served(runtime_dir)
-        if ours:
-            stack.enter_context(subreaper())
-            runtime_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="luod-kvm-"))
-            stack.enter_context(Daemons(runtime_dir))
-            print(f"no luod is running: one is started, in {runtime_dir}", flush=True)
-        if not half(*(word for each in require for word in ("--require", each)), "preserve"):
-            return False
-        if ours:
-            with luod_client.control(runtime_dir=runtime_dir) as control:
-                upgraded = control.upgrade()
-            print(f"luod is replaced: process {upgraded.predecessor_pid} by process {upgraded.pid}", flush=True)
-        return half("resume")
+
+def _where(directory: str | None) -> list[str]:
+    return [] if directory is None else ["--runtime-dir", directory]
 
 
 def _arguments() -> argparse.Namespace:
@@ -104,6 +156,14 @@ def _arguments() -> argparse.Namespace:
         nargs="?",
         choices=("preserve", "resume"),
         help="only run a guest, stop it and leave it with luod; or only take it back and go on. Without it: both, one after the other",
+    )
+    parser.add_argument(
+        "--kexec",
+        nargs="?",
+        const="lab",
+        choices=("before", "after", "lab"),
+        help="go on under another kernel. before: preserve a guest and go to the kernel that is loaded, as root, at once; after: take it "
+        "back there; lab, or nothing: both, in a virtual machine that has such a kernel",
     )
     parser.add_argument("--runtime-dir", metavar="DIR", help="where luod is (default: the usual place; for both, else one is started)")
     parser.add_argument("--session", default="kvm-guest", metavar="NAME", help="its session in luod (default: %(default)s)")
@@ -118,7 +178,14 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.counts < 1:
         parser.error(f"--counts {arguments.counts}: at least 1")
+    if arguments.kexec and arguments.half:
+        parser.error(f"--kexec {arguments.kexec} goes without {arguments.half!r}")
     return arguments
+
+
+def _judged(ok: bool) -> bool:
+    print("Everything as it must be." if ok else "NOT as it must be.")
+    return ok
 
 
 def main() -> int:
@@ -126,15 +193,21 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     arguments = _arguments()
     session, runtime_dir, counts = arguments.session, arguments.runtime_dir, arguments.counts
+    story = Story(session=session, runtime_dir=runtime_dir, counts=counts, require=arguments.require)
     try:
-        match arguments.half:
+        match arguments.kexec or arguments.half:
             case "preserve":
                 ok = preserve(session, runtime_dir, counts, arguments.require)
             case "resume":
                 ok = resume(session, runtime_dir, counts)
+            case "lab":
+                play_a_kexec(__file__, ["--counts", str(counts)])
+            case "before":
+                ok = story.before_a_kexec()
+            case "after":
+                ok = _judged(story.after_a_kexec())
             case _:
-                ok = story(session, runtime_dir, counts, arguments.require)
-                print("Everything as it must be." if ok else "NOT as it must be.")
+                ok = _judged(story.over_an_upgrade())
     except luod_client.LuodError as error:
         print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
         return 1

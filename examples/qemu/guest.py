@@ -17,6 +17,9 @@ MARK_EVERY: Final = 16 * 1024 * 1024
 
 JOURNAL_COUNTS: Final = 65536
 
+SEALS: Final = {"ram": ("grow", "shrink"), "state": ("grow", "shrink", "write")}
+"""Of the memfds that luod gets: a state is never written again; the RAM is, but keeps its size."""
+
 _LOW_RAM_BYTES: Final = 3 * 1024**3
 """Where a pc's RAM ends below 4 GiB when it has more than 3.5 GiB; up to there an address is an offset in the memfd."""
 

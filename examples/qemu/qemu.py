@@ -49,15 +49,17 @@ class Qemu:
         ram: memfd, borrowed, of the RAM's size.
         console: connected socket, borrowed: what the guest's serial port is connected to.
         incoming: whether to wait for a predecessor's state, instead of booting.
+        patience_s: how long it may take for anything, in seconds.
 
     Raises:
         QemuFault: it doesn't start; why is on stderr.
     """
 
-    def __init__(self, kernel: str, *, ram: int, console: int, incoming: bool) -> None:
+    def __init__(self, kernel: str, *, ram: int, console: int, incoming: bool, patience_s: float = PATIENCE_S) -> None:
         size = os.fstat(ram).st_size
         self._qmp, theirs = socket.socketpair()
         self._read = b""
+        self._patience_s = patience_s
         # fmt: off
         command = [
             PROGRAM, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none",
@@ -130,8 +132,8 @@ class Qemu:
         """Its next message of this kind: `QMP`, `return` or `event`. Other events are passed over."""
         while True:
             while b"\n" not in self._read:
-                if not select.select([self._qmp], [], [], PATIENCE_S)[0]:
-                    raise self._lost(f"{kind!r} was due", f"nothing came within {PATIENCE_S:.0f} s")
+                if not select.select([self._qmp], [], [], self._patience_s)[0]:
+                    raise self._lost(f"{kind!r} was due", f"nothing came within {self._patience_s:.0f} s")
                 part = b""
                 with contextlib.suppress(ConnectionResetError):  # it has ended with a word of ours unread
                     part = self._qmp.recv(_READ_BYTES)
@@ -167,9 +169,9 @@ class Qemu:
         """
         self.tell("quit")
         try:
-            status = self._process.wait(PATIENCE_S)
+            status = self._process.wait(self._patience_s)
         except subprocess.TimeoutExpired:
-            raise self._lost("told to quit", f"it is still there after {PATIENCE_S:.0f} s") from None
+            raise self._lost("told to quit", f"it is still there after {self._patience_s:.0f} s") from None
         if status != 0:
             raise self._lost("told to quit", f"it ended with {status}")
 
@@ -184,3 +186,62 @@ class Qemu:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
+
+
+def write_state(qemu: Qemu, state: int) -> None:
+    """Stop the guest and have its QEMU write the state, without RAM, to the memfd `state` (borrowed). `cont` has the guest go on."""
+    qemu.tell("stop")
+    qemu.tell("getfd", [state], fdname="state")
+    qemu.tell("migrate", uri="fd:state")
+    qemu.migrated()
+
+
+class Console:
+    """The other end of the guest's serial port. It stays here while QEMU is replaced, connected all the time.
+
+    Args:
+        sock: borrowed.
+        patience_s: how long the guest may say nothing, in seconds.
+        begun: what came of its next line already.
+
+    Attributes:
+        said: every whole line that came.
+        begun: what came of the next one.
+    """
+
+    def __init__(self, sock: socket.socket, patience_s: float = PATIENCE_S, begun: bytes = b"") -> None:
+        self._sock = sock
+        self._patience_s = patience_s
+        self.begun = begun
+        self.said: list[str] = []
+
+    def _take(self) -> None:
+        part = self._sock.recv(_READ_BYTES)
+        if not part:
+            raise QemuFault("the guest's serial port was hung up")
+        *lines, self.begun = (self.begun + part).split(b"\n")
+        self.said += (line.decode(errors="replace") for line in lines)
+
+    def await_lines(self, number: int) -> None:
+        """Read until so many have come, from the beginning.
+
+        Raises:
+            QemuFault: nothing comes any more.
+        """
+        while len(self.said) < number:
+            if not select.select([self._sock], [], [], self._patience_s)[0]:
+                last = self.said[-1] if self.said else "nothing"
+                raise QemuFault(f"the guest said {last}, and no more: it halts when its registers or its RAM are not what they were")
+            self._take()
+
+    def drain(self) -> None:
+        """Read what is there."""
+        while select.select([self._sock], [], [], 0)[0]:
+            self._take()
+
+    def wrong(self, first: int = 1) -> str:
+        """The first line that isn't the next number, from `first` on, else empty."""
+        for due, line in enumerate(self.said, start=first):
+            if line != str(due):
+                return f"the guest said {line!r} where {due} was due"
+        return ""

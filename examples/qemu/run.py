@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -20,10 +19,13 @@ from typing import Final
 try:
     import attrs
     import guest
-    from qemu import PATIENCE_S, PROGRAM, Qemu, QemuFault, identity
+    import over_kexec
+    from qemu import PROGRAM, Console, Qemu, QemuFault, identity, write_state
     from tabulate import tabulate
 
     import luod_client
+    from luod_client.demo.checks import Check
+    from luod_client.demo.lab import play_a_kexec
     from luod_client.demo.prctl import subreaper
     from luod_client.demo.processes import Daemons
     from luod_protocol.fds import OwnedFd
@@ -42,9 +44,6 @@ STATE_AT_MOST: Final = 4 * MIB
 """A state larger than that has RAM in it."""
 
 SESSION: Final = "guest"
-SEALS: Final = {"ram": ("grow", "shrink"), "state": ("grow", "shrink", "write")}
-
-_READ_BYTES: Final = 65536
 
 
 @attrs.frozen(kw_only=True)
@@ -94,50 +93,6 @@ class Moved:
         return [fault for is_so, fault in so if is_so]
 
 
-class Console:
-    """The other end of the guest's serial port. It stays here while QEMU is replaced, connected all the time.
-
-    Attributes:
-        said: every whole line that came.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._begun = b""
-        self.said: list[str] = []
-
-    def _take(self) -> None:
-        part = self._sock.recv(_READ_BYTES)
-        if not part:
-            raise QemuFault("the guest's serial port was hung up")
-        *lines, self._begun = (self._begun + part).split(b"\n")
-        self.said += (line.decode(errors="replace") for line in lines)
-
-    def await_lines(self, number: int) -> None:
-        """Read until so many have come, from the beginning.
-
-        Raises:
-            QemuFault: nothing comes any more.
-        """
-        while len(self.said) < number:
-            if not select.select([self._sock], [], [], PATIENCE_S)[0]:
-                last = self.said[-1] if self.said else "nothing"
-                raise QemuFault(f"the guest said {last}, and no more: it halts when its registers or its RAM are not what they were")
-            self._take()
-
-    def drain(self) -> None:
-        """Read what is there."""
-        while select.select([self._sock], [], [], 0)[0]:
-            self._take()
-
-    def wrong(self) -> str:
-        """The first line that isn't the next number, else empty."""
-        for due, line in enumerate(self.said, start=1):
-            if line != str(due):
-                return f"the guest said {line!r} where {due} was due"
-        return ""
-
-
 def holders(file: str) -> list[int]:
     """The processes that have the file with this `identity` open, as far as this user may look."""
     found: list[int] = []
@@ -161,14 +116,11 @@ def memfd(name: str, size: int = 0) -> OwnedFd:
 
 def stop_and_preserve(qemu: Qemu, ram: int, console: int, runtime_dir: str) -> int:
     """Stop the guest, have its QEMU write its state, give everything to luod, and end that QEMU. Returns the state's size in bytes."""
-    qemu.tell("stop")
     with memfd("guest-state") as state, luod_client.serialize(SESSION, runtime_dir=runtime_dir) as session:
-        qemu.tell("getfd", [state.fileno()], fdname="state")
-        qemu.tell("migrate", uri="fd:state")
-        qemu.migrated()
+        write_state(qemu, state.fileno())
         session.preserve({"ram": ram, "state": state.fileno(), "console": console}, needs={"state": ["ram"]})
         # Up to here `cont` would have the guest go on where it is.
-        session.finalize(require={"daemon-upgrade"}, seal=SEALS)
+        session.finalize(require={"daemon-upgrade"}, seal=guest.SEALS)
         qemu.quit()
         return os.fstat(state.fileno()).st_size
 
@@ -286,6 +238,14 @@ def _arguments() -> argparse.Namespace:
         description="A QEMU guest that changes its QEMU in mid-count.",
         epilog="Exit status: 0 done, 1 a step failed or something differs (it is said what), 2 usage.",
     )
+    parser.add_argument(
+        "--kexec",
+        nargs="?",
+        const="lab",
+        choices=("before", "after", "lab"),
+        help="go on under another kernel. before: preserve a guest and go to the kernel that is loaded, as root, at once; after: take it "
+        "back there; lab, or nothing: both, in a virtual machine that has such a kernel",
+    )
     parser.add_argument("--json", action="store_true", help="what was seen as one JSON document on stdout, and nothing else there")
     parser.add_argument(
         "--ram-mib",
@@ -293,12 +253,20 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         default=SIZES_MIB,
         metavar="N",
-        help=f"the guests' RAM in MiB (default: {' '.join(map(str, SIZES_MIB))}); hardly any of it is used",
+        help=f"the guests' RAM in MiB (default: {' '.join(map(str, SIZES_MIB))}); hardly any of it is used. With --kexec the first counts",
     )
     arguments = parser.parse_args()
     if min(arguments.ram_mib) < SMALLEST_MIB:
         parser.error(f"--ram-mib {min(arguments.ram_mib)}: at least {SMALLEST_MIB}")
+    if arguments.kexec and arguments.json:
+        parser.error("--kexec goes without --json")
     return arguments
+
+
+def _judged(rows: Sequence[Check]) -> int:
+    ok = all(row.ok for row in rows)
+    print("", over_kexec.table(rows), "", "Everything as it must be." if ok else "NOT as it must be.", sep="\n")
+    return 0 if ok else 1
 
 
 def main() -> int:
@@ -306,7 +274,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     arguments = _arguments()
     try:
-        runs = story(arguments.ram_mib, quiet=arguments.json)
+        match arguments.kexec:
+            case "lab":
+                play_a_kexec(__file__, ["--ram-mib", str(arguments.ram_mib[0])])
+            case "before":
+                return 0 if over_kexec.before(arguments.ram_mib[0] * MIB) else 1
+            case "after":
+                return _judged(over_kexec.after())
+            case _:
+                runs = story(arguments.ram_mib, quiet=arguments.json)
     except (luod_client.LuodError, OSError) as error:
         print(f"{os.path.basename(__file__)}: {error}", file=sys.stderr)
         return 1

@@ -55,6 +55,8 @@ class Entry:
     @property
     def sort(self) -> str:
         """Its kind, or more than that where the kernel makes a difference in what it carries through a kexec."""
+        if self.kind == "socket":
+            return f"{self.facts.get('family')} socket"
         return f"{self.kind} of huge pages" if self.facts.get("huge_page_size") else self.kind
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from luod.capabilities import matrix
 from luod.custody import Client, Custody, Outcome, Pending
 from luod.deserializing import Deserializing
 from luod.handlers.recognizer import Recognizer
@@ -24,7 +25,7 @@ class Orchestrator:
 
     def __init__(self, custody: Custody, recognizer: Recognizer) -> None:
         self._custody = custody
-        self._kinds = dict(recognizer.kinds)
+        self._recognizer = recognizer
         serializing = Serializing(custody, recognizer)
         deserializing = Deserializing(custody)
         self._verbs: Mapping[type[m.Request], Callable[[Client, Any, list[OwnedFd]], Outcome | Pending]] = {
@@ -53,6 +54,8 @@ class Orchestrator:
         return self._verbs[type(request)](client, request, fds)
 
     def _capabilities(self, _: Client, request: m.Capabilities, __: list[OwnedFd]) -> Outcome:
+        rows = matrix(self._custody, self._recognizer)
         outlook = self._custody.outlook.with_kernel(self._custody.carriable.fault)
         survives = {each.value: reason for each, reason in outlook.reasons.items()}
-        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=self._kinds, survives=survives))
+        kinds = dict(self._recognizer.kinds)
+        return Outcome(reply=m.DaemonCapabilities(seq=request.seq, kinds=kinds, survives=survives, matrix=rows))

@@ -65,7 +65,8 @@ def impossible(custody: Custody, going: Iterable[Session]) -> str:
 
 def cannot(custody: Custody, sessions: Iterable[Session]) -> dict[bytes, str]:
     """Those of these sessions, by id, that can't travel, and why."""
-    carriable = custody.carriable
+    sessions, carriable = tuple(sessions), custody.carriable
+    carriable.look({sort for session in sessions for sort in session.sorts})
     found: dict[bytes, str] = {}
     for session in sessions:
         carriable.see_session(session)

@@ -427,6 +427,7 @@ class Updates:
         self.state = step(self.state, event)
         self._stepped.set()
         self._stepped = trio.Event()
+        self._host.custody.carriable.rests = self.state is UpdateState.FROZEN
         self._host.tell_monitors("update", self.state)
 
 

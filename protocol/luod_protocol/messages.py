@@ -31,6 +31,9 @@ from luod_protocol.records import (
 from luod_protocol.records import (
     SessionInfo as SessionInfo,
 )
+from luod_protocol.records import (
+    SortSurvival as SortSurvival,
+)
 from luod_protocol.replies import (
     Cancelled as Cancelled,
 )

@@ -74,6 +74,21 @@ class SessionInfo:
 
 
 @attrs.frozen(kw_only=True)
+class SortSurvival:
+    """What a session of nothing but fds of one sort survives. A sort is a kind, or a part of one that a kernel may carry or not by itself
+    (huge pages, the family of a socket). `kind` is empty for what luod never takes.
+
+    `survives` maps each thing that may happen to the empty string for yes, else to the reason why not. `untried` names those of which
+    it isn't known yet: the reason says when it will be.
+    """
+
+    sort: str
+    kind: str
+    survives: dict[str, str]
+    untried: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
 class Limits:
     """What this luod takes; units are in the names."""
 

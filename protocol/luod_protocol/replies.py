@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import attrs
 
-from luod_protocol.records import EntryInfo, Limits, SessionInfo
+from luod_protocol.records import EntryInfo, Limits, SessionInfo, SortSurvival
 
 
 @attrs.frozen(kw_only=True)
@@ -56,13 +56,15 @@ class DaemonCapabilities:
     """To `capabilities`.
 
     `kinds` maps each kind to its handler's `compatible`. `survives` maps `daemon-upgrade`, `daemon-crash`, `service-restart`,
-    `soft-reboot` and `kexec` to the empty string for yes, else to the reason why not.
+    `soft-reboot` and `kexec` to the empty string for yes, else to the reason why not, for a session of what survives most. `matrix` says
+    the same of each sort of fd, as the running kernel answers; also of those that aren't taken.
     """
 
     type: ClassVar[str] = "daemon-capabilities"
     seq: int
     kinds: dict[str, str]
     survives: dict[str, str]
+    matrix: tuple[SortSurvival, ...]
 
 
 @attrs.frozen(kw_only=True)

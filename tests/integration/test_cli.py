@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -294,7 +295,8 @@ def test_tables_for_people(ctl: Ctl, content: Path) -> None:
     assert "size 1 MiB" in shown
     assert "hello" in shown
     assert "1 preserved" in ctl("status")
-    assert "memfd-v1" in ctl("capabilities")
+    told = ctl("capabilities")
+    assert "memfd-v1" in told
     assert "has taken over" in ctl("upgrade")
     assert "finished guest" in ctl("finish", "guest")
 
@@ -487,3 +489,23 @@ def test_a_seal_is_there(ctl: Ctl, content: Path) -> None:
     ):
         assert fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) == fcntl.F_SEAL_WRITE
         claim.finish()
+
+
+def test_the_matrix_fits_a_terminal_and_every_no_has_its_reason(ctl: Ctl) -> None:
+    told = ctl("capabilities")
+    assert max(map(len, told.splitlines())) < 80
+    table, reasons, _ = told.split("\n\n")
+    head = table.splitlines()
+    assert [" ".join(pair).replace("- ", "-") for pair in zip(head[0].split()[2:-1], head[1].split()[1:], strict=True)] == [
+        "DAEMON-UPGRADE",
+        "DAEMON-CRASH",
+        "SERVICE-RESTART",
+        "SOFT-REBOOT",
+    ]
+    used = set(re.findall(r"(?:no|\?) (\d+)", table))
+    assert used == set(re.findall(r"^ *(\d+)  ", reasons, flags=re.M))
+    memfd = next(line for line in head if line.startswith("memfd "))
+    assert memfd.split()[1] == "yes"
+    rows = {row["sort"]: row for row in ctl.json("capabilities")["matrix"]}
+    assert rows["memfd"]["survives"]["daemon-upgrade"] == ""
+    assert rows["KVM vCPU"]["survives"]["kexec"].startswith("a KVM vCPU, which works in the process that made it only")

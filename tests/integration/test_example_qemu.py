@@ -14,8 +14,8 @@ from typing import Any
 
 import guest
 import pytest
-from qemu import PROGRAM, Qemu, QemuFault, identity
-from run import Console, Moved, memfd
+from qemu import PROGRAM, Console, Qemu, QemuFault, identity
+from run import Moved, memfd
 
 from luod_protocol.fds import OwnedFd
 from machine import need_program
@@ -105,7 +105,9 @@ def test_a_qemu_that_does_not_start_fails_it(tmp_path: Path) -> None:
     assert "it has ended" in err
 
 
-@pytest.mark.parametrize("arguments", [("--ram-mib", "63"), ("--ram-mib", "x"), ("stop",)])
+@pytest.mark.parametrize(
+    "arguments", [("--ram-mib", "63"), ("--ram-mib", "x"), ("stop",), ("--kexec", "now"), ("--kexec", "after", "--json")]
+)
 def test_it_has_a_usage(arguments: tuple[str, ...], tmp_path: Path) -> None:
     status, out, err = example(*arguments, folder=tmp_path)
     assert (status, out) == (2, "")
@@ -229,6 +231,18 @@ def said(text: bytes) -> Console:
 )
 def test_a_count_that_is_lost_or_repeated_shows(text: bytes, wrong: str) -> None:
     assert said(text).wrong() == wrong
+
+
+def test_a_serial_port_that_ends_in_the_middle_of_a_line_goes_on_with_another_one() -> None:
+    first = said(b"1\n2\n3")
+    assert (first.said, first.begun) == (["1", "2"], b"3")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"\n4\n")
+        second = Console(ours, begun=first.begun)
+        second.drain()
+    assert (second.said, second.wrong(3)) == (["3", "4"], "")
+    assert second.wrong(4) == "the guest said '3' where 4 was due"
 
 
 GOOD: dict[str, Any] = {

@@ -18,6 +18,7 @@ import pytest
 import luod_client
 from harness import Daemon
 from luod_client.demo import counting, guest, kvm
+from luod_client.demo.checks import compare_guest
 from luod_protocol.fds import OwnedFd
 from machine import KVM, kvm_is_for_everybody, kvm_is_there
 from processes import ALICE, LIMIT_S, PYTHON, Talk, folder_for, spawn_client, start
@@ -321,6 +322,17 @@ def test_the_example_starts_a_luod_where_there_is_none(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def moved(stopped_in: str, resumed_in: str, identity: str) -> guest.Moved:
+    stopped = guest.Stopped(count=5, wrong="", register=5, in_ram=5, sha256="ab", identity="1:9", stopped_s=0.0, kernel=stopped_in)
+    resumed = guest.Resumed(sha256="ab", identity=identity, first=6, last=9, wrong="", pause_s=1.0, rebuild_s=0.1, kernel=resumed_in)
+    return guest.Moved(stopped=stopped, resumed=resumed)
+
+
+def test_the_ram_is_the_same_file_under_the_same_kernel_only() -> None:
+    assert [check.what for check in compare_guest(moved("one", "one", "1:8")) if not check.ok] == ["guest: RAM: device and inode"]
+    assert all(check.ok for check in compare_guest(moved("one", "two", "1:8")))
+
+
 @needs_kvm
 @pytest.mark.slow
 def test_the_examples_halves_are_commands_of_their_own(daemon: Daemon) -> None:
@@ -379,7 +391,9 @@ def test_the_example_needs_kvm_and_says_so() -> None:
     assert f"{KVM} can't be opened: ".encode() in err
 
 
-@pytest.mark.parametrize("arguments", [("--counts", "0"), ("--counts", "x"), ("stop",)])
+@pytest.mark.parametrize(
+    "arguments", [("--counts", "0"), ("--counts", "x"), ("stop",), ("--kexec", "before", "preserve"), ("--kexec", "now")]
+)
 def test_the_example_has_a_usage(arguments: Sequence[str]) -> None:
     status, _, err = example(*arguments)
     assert status == 2

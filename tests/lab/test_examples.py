@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ def test_dma_goes_on_through_an_iommufd_and_the_command_boots_the_lab_itself() -
 
 def test_a_guest_goes_on_in_another_process_and_a_step_that_fails_is_told() -> None:
     kvm, device = (str(EXAMPLES / name / "run.py") for name in ("kvm_guest", "iommufd"))
+    words = shlex.join([sys.executable, kvm, "--counts", "200"])
     run = in_vm(
-        [sys.executable, kvm, "--counts", "200"],
+        ["sh", "-c", f"{words} && if {words} --kexec before; then exit 1; fi"],
         [sys.executable, device, "--device", "0000:00:1f.7"],
         check=False,
     )
@@ -67,3 +69,33 @@ def test_a_guest_goes_on_in_another_process_and_a_step_that_fails_is_told() -> N
     assert len(found) == 5
     assert [row for row in found if not row.endswith("ok")] == []
     assert "luod is replaced: process " in run.said
+    assert "no kexec: no kernel is loaded" in run.said
+
+
+def over_a_kexec(example: str, *arguments: str) -> str:
+    """What an example says that boots the lab itself and goes to another kernel there."""
+    command = [sys.executable, str(EXAMPLES / example / "run.py"), "--kexec", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    print(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("Everything as it must be.\n")
+    assert [row for row in rows(done.stdout) if not row.endswith("ok")] == []
+    return done.stdout
+
+
+def test_a_guest_goes_on_under_another_kernel() -> None:
+    said = over_a_kexec("kvm_guest", "--counts", "200")
+    assert "… 200. Stopped." in said
+    assert "of generation 2; 1 session came from the last kernel" in said
+    assert len(rows(said)) == 4
+    assert re.search(r"^guest: first count in the new process +201 +201 +ok$", said, flags=re.M)
+    assert re.search(r"^The guest stood still for \d+ ms \(known to a second", said, flags=re.M)
+
+
+def test_a_guest_goes_on_in_another_qemu_under_another_kernel() -> None:
+    said = over_a_kexec("qemu")
+    assert "A guest with 256 MiB of RAM" in said
+    assert len(rows(said)) == 6
+    (last,) = re.findall(r"… (\d+)\. Stopped; it wrote \d", said)
+    assert f"under the next kernel: {int(last) + 1}, …" in said
+    assert re.search(r"^The guest stood still for [0-9.]+ s \(known to a second\)", said, flags=re.M)

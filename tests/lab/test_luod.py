@@ -41,6 +41,12 @@ def with_a_device_without_iommu() -> dict[str, Any]:
         capabilities = json.loads(text)
         seen["survives"] = {what: not why for what, why in capabilities["survives"].items()}
         seen["kinds"] = sorted(capabilities["kinds"])
+        seen["kexec"] = {row["sort"]: (row["survives"]["kexec"], row["untried"]) for row in capabilities["matrix"]}
+        print(
+            subprocess.run(
+                ["luoctl", "--runtime-dir", luod.runtime_dir, "capabilities"], stdout=subprocess.PIPE, check=True
+            ).stdout.decode()
+        )
 
         kvm = stack.enter_context(OwnedFd(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)))
         vm = stack.enter_context(OwnedFd(fcntl.ioctl(kvm.fileno(), 0xAE01, 0)))  # KVM_CREATE_VM
@@ -62,6 +68,8 @@ def with_a_device_without_iommu() -> dict[str, Any]:
                 {name: fd.fileno() for name, fd in fds.items()}, needs={"device": ["group", "container", "memory"], "group": ["container"]}
             )
             session.finalize(require={"daemon-upgrade"})
+        with luod_client.control(runtime_dir=luod.runtime_dir) as control:
+            seen["after"] = {row.sort: (row.survives["kexec"], list(row.untried)) for row in control.capabilities().matrix}
         seen["refused"] = refused
         seen["kept"] = {name: (entry.kind, entry.facts.get("device")) for name, entry in kept.items()}
         inodes = {name: os.fstat(fd.fileno())[:3] for name, fd in fds.items()}
@@ -131,6 +139,36 @@ def test_the_kernel_has_live_update(seen: Any) -> None:
 def test_luoctl_says_what_sessions_survive_there(seen: Any) -> None:
     assert seen["survives"]["daemon-upgrade"] is True
     assert {"memfd", "vfio-container", "vfio-group", "vfio-device", "vfio-cdev", "iommufd"} <= set(seen["kinds"])
+
+
+CANNOT = "this kernel can't carry fds of this kind"
+UNTRIED = "not tried yet: decided when a client gives one"
+
+
+def test_the_matrix_has_what_the_kernel_answers(seen: Any) -> None:
+    found = seen["kexec"]
+    assert found["memfd"] == ("", [])
+    for sort in (
+        "eventfd",
+        "pipe",
+        "unix socket",
+        "netlink socket",
+        "timerfd",
+        "signalfd",
+        "inotify",
+        "pidfd",
+        "iommufd",
+        "vfio-container",
+    ):
+        assert found[sort] == (CANNOT, []), sort
+    for sort in ("vfio-device", "vfio-group", "tap", "pty"):
+        assert found[sort] == (UNTRIED, ["kexec"]), sort
+    assert "has no" in found["inet6 socket"][0], "the lab's kernel has no inet sockets"
+
+
+def test_what_luod_can_not_make_is_decided_when_a_client_gives_one(seen: Any) -> None:
+    assert [seen["after"][sort] for sort in ("vfio-device", "vfio-group")] == [(CANNOT, [])] * 2
+    assert seen["after"]["tap"] == (UNTRIED, ["kexec"])
 
 
 def test_a_device_without_an_iommu_is_known_and_comes_back(seen: Any) -> None:

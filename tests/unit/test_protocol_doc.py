@@ -39,7 +39,7 @@ from luod_protocol.version import WIRE
 DOC = Path(__file__).parents[2] / "docs" / "protocol.md"
 REQUEST_CLASSES: tuple[type[m.Request], ...] = get_args(m.Request)
 REPLY_CLASSES: tuple[type[m.Reply], ...] = get_args(m.Reply)
-RECORDS = (records.EntrySpec, records.EntryInfo, records.ProcessInfo, records.SessionInfo, records.Limits)
+RECORDS = (records.EntrySpec, records.EntryInfo, records.ProcessInfo, records.SessionInfo, records.SortSurvival, records.Limits)
 
 Row = dict[str, str]
 

@@ -240,6 +240,41 @@ async def test_two_updates_in_a_row(kernel: KernelStandin) -> None:
         close_all(fds.values())
 
 
+async def test_what_a_later_kernel_has_learned_travels_and_is_promised(kernel: KernelStandin) -> None:
+    kernel.learned = ("anon_inode:[eventfd]",)
+    async with luod(kernel) as first:
+        async with aio.control(runtime_dir=first.directory) as control:
+            matrix = {row.sort: row for row in (await control.capabilities()).matrix}
+        assert matrix["eventfd"].survives["kexec"] == ""
+        assert matrix["timerfd"].survives["kexec"] == "this kernel can't carry fds of this kind"
+        finalized = await keep(first, "learned", {"event": OwnedFd(os.eventfd(7)), "memory": memfd(b"7")}, ("kexec",))
+        assert "kexec" in finalized.survives
+        async with aio.control(runtime_dir=first.directory) as control:
+            assert (await control.preflight()).cannot == {}
+        following = await jump(first)
+    async with luod(following) as second:
+        fds = await back(second, "learned")
+        assert os.eventfd_read(fds["event"].fileno()) == 7
+        close_all(fds.values())
+
+
+async def test_what_a_module_teaches_the_kernel_later_travels_as_well(kernel: KernelStandin) -> None:
+    async with luod(kernel) as first:
+        finalized = await keep(first, "early", {"event": OwnedFd(os.eventfd(7))})
+        assert "kexec" not in finalized.survives
+        async with aio.control(runtime_dir=first.directory) as control:
+            assert len((await control.preflight()).cannot) == 1
+            kernel.learned = ("anon_inode:[eventfd]",)
+            assert (await control.preflight()).cannot == {}
+        async with aio.deserialize(runtime_dir=first.directory) as connection:
+            assert "kexec" in (await connection.show("early")).info.survives
+        following = await jump(first)
+    async with luod(following) as second:
+        fds = await back(second, "early")
+        assert os.eventfd_read(fds["event"].fileno()) == 7
+        close_all(fds.values())
+
+
 async def test_what_cannot_travel_is_refused_and_named(kernel: KernelStandin) -> None:
     async with luod(kernel) as first:
         finalized = await keep(first, "mixed", {"event": OwnedFd(os.eventfd(0)), "memory": memfd(b"")})
@@ -324,6 +359,9 @@ async def test_frozen_nothing_changes(kernel: KernelStandin) -> None:
                     with pytest.raises(Refusal) as caught:
                         await request()
                     assert caught.value.code is Code.UPDATE_RUNNING
+                kernel.calls.clear()
+                assert (await control.capabilities()).survives["kexec"] == ""
+                assert not [call for call in kernel.calls if call.startswith("create")], "it would travel"
                 assert [each.session for each in await connection.list()] == ["s"]
                 with pytest.raises(Refusal, match="an update of the kernel is frozen"):
                     await control.upgrade()

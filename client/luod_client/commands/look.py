@@ -131,11 +131,23 @@ def capabilities(args: argparse.Namespace) -> None:
     if args.json:
         output.write_json(found)
         return
-    output.write(output.table(("KIND", "HANDLER"), sorted(found.kinds.items())))
+    numbers: dict[str, int] = {}
+    events = list(found.survives)
+    rows = [(row.sort, *(_cell(row, event, numbers) for event in events)) for row in found.matrix]
+    heads = (event.replace("-", "-\n").upper() for event in events)
+    output.write(output.table(("A FD\nSURVIVES", *heads), rows))
     output.write("")
-    output.write(
-        output.table(("SESSIONS SURVIVE", ""), [(what, f"no: {reason}" if reason else "yes") for what, reason in found.survives.items()])
-    )
+    output.write("\n".join(output.wrapped(f"{number:3}  ", reason) for reason, number in numbers.items()))
+    output.write("")
+    output.write(output.wrapped("handlers:  ", ", ".join(sorted(found.kinds.values()))))
+
+
+def _cell(row: m.SortSurvival, event: str, numbers: dict[str, int]) -> str:
+    """`yes`, or `no` or `?` with the reason's number, which is the next one for a new reason."""
+    reason = row.survives.get(event, "")
+    if not reason:
+        return "yes"
+    return f"{'?' if event in row.untried else 'no'} {numbers.setdefault(reason, len(numbers) + 1)}"
 
 
 def monitor(args: argparse.Namespace) -> None:

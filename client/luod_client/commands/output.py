@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -13,6 +15,7 @@ import attrs
 
 from luod_protocol.records import Fact
 
+_NARROWEST: Final = 60
 _UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -46,6 +49,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def fields(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values for people; what has no value is left out."""
     return table((), [row for row in rows if row[1]])
+
+
+def wrapped(head: str, text: str) -> str:
+    """`head` and `text` in lines that fit the terminal, those after the first below the text."""
+    width = max(_NARROWEST, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
 def size(count: int) -> str:

@@ -39,7 +39,8 @@ class Stopped:
     """What the old process saw last; it travels as the state's metadata.
 
     `count` is what came through the port, `register` and `in_ram` where else the guest keeps it; `wrong` is what it counted wrong until
-    then. `stopped_s` is in seconds of the wall clock, which alone means the same in another process and after a kexec.
+    then. `stopped_s` is in seconds of the wall clock, which alone means the same in another process and after a kexec. `kernel` is which
+    kernel that was, as its boot id.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Stopped:
     sha256: str
     identity: str
     stopped_s: float
+    kernel: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -56,8 +58,8 @@ class Resumed:
     """What the new process found, and what the guest did there.
 
     `sha256` and `identity` are the RAM's before the guest went on. `first` and `last` are counts; `wrong` says what was lost or repeated
-    on the way, in the port or in the guest's journal. Times in seconds: `pause_s` from the stop to the first new count, and of that
-    `rebuild_s` to make the machine again.
+    on the way, in the port or in the guest's journal. `kernel` is the boot id here. Times in seconds: `pause_s` from the stop to the first
+    new count, and of that `rebuild_s` to make the machine again.
     """
 
     sha256: str
@@ -67,6 +69,7 @@ class Resumed:
     wrong: str
     pause_s: float
     rebuild_s: float
+    kernel: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -75,6 +78,11 @@ class Moved:
 
     stopped: Stopped
     resumed: Resumed
+
+    @property
+    def to_another_kernel(self) -> bool:
+        """Whether the kernel was replaced on the way."""
+        return self.stopped.kernel != self.resumed.kernel
 
 
 class Guest:
@@ -135,6 +143,11 @@ def _identity(fd: int) -> str:
     return f"{stat.st_dev}:{stat.st_ino}"
 
 
+def _kernel() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 def _sha256(ram: int) -> str:
     return hashlib.sha256(os.pread(ram, counting.RAM_BYTES, 0)).hexdigest()
 
@@ -161,6 +174,7 @@ def stop(guest: Guest, *, session: str = SESSION, runtime_dir: str | None = None
         sha256=_sha256(ram),
         identity=_identity(ram),
         stopped_s=stopped_s,
+        kernel=_kernel(),
     )
     with (
         OwnedFd(os.memfd_create("guest-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)) as memfd,
@@ -208,6 +222,7 @@ def go_on(*, session: str = SESSION, runtime_dir: str | None = None, counts: int
                     wrong=guest.wrong or (f"its journal lacks {lost[0]}" if lost else ""),
                     pause_s=pause_s,
                     rebuild_s=rebuild_s,
+                    kernel=_kernel(),
                 )
     return Moved(stopped=stopped, resumed=resumed)
 

@@ -11,6 +11,13 @@ from luod.handlers.file import AllowedFiles, File
 from luod.handlers.socket import Socket, ends_at
 from luod_protocol.errors import Code, Refusal
 
+_NO_FILES: Final = (
+    "of files and devices luod takes those whose path its configuration allows ([files]), and it allows none: preserve the path, or copy "
+    "the content into a memfd"
+)
+
+_NOT_ALLOWED: Final = "luod's configuration does not allow ([kinds]); whoever runs luod can change that"
+
 
 class Recognizer:
     """Made once from the configuration. It is asked when something is preserved, and at no other time: a successor that is stricter keeps
@@ -32,6 +39,12 @@ class Recognizer:
         """Every kind that is taken and its handler's `compatible`."""
         return {kind: compatible for kind, compatible in kinds().items() if kind in self._allowed}
 
+    @property
+    def not_allowed(self) -> Mapping[str, str]:
+        """Every other kind, and why it isn't taken."""
+        why = f"a kind that {_NOT_ALLOWED}"
+        return {kind: _NO_FILES if kind == File.kind and not self._files else why for kind in kinds() if kind not in self._allowed}
+
     def recognize(self, probe: Probe) -> Handler:
         """The handler of the fd's kind.
 
@@ -51,8 +64,7 @@ class Recognizer:
         if handler.kind not in self._allowed:
             raise Refusal(
                 Code.KIND_NOT_SUPPORTED,
-                f"this fd is of kind {handler.kind}, which luod's configuration does not allow ([kinds]); whoever runs luod can change "
-                "that (`luoctl capabilities` lists the kinds that it allows)",
+                f"this fd is of kind {handler.kind}, which {_NOT_ALLOWED} (`luoctl capabilities` lists the kinds that it allows)",
             )
         return handler
 

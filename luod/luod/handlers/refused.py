@@ -56,6 +56,22 @@ _NAMES: Final[Mapping[str, str]] = {
 """Beginnings of links in /proc, the longer before the shorter."""
 
 
+NEVER: Final[Mapping[str, str]] = {
+    "KVM VM": _NAMES["kvm-vm"],
+    "KVM vCPU": _NAMES["kvm-vcpu"],
+    "KVM device": _NAMES["kvm-"],
+    "guest_memfd": _GUEST_MEMFD,
+    "vhost device": _VHOST,
+    "epoll": _NAMES["[eventpoll]"],
+    "userfaultfd": _NAMES["[userfaultfd]"],
+    "io_uring": _NAMES["[io_uring]"],
+    "fanotify": _NAMES["[fanotify]"],
+    "perf event": _NAMES["[perf_event]"],
+    "secret memory": _NAMES["/secretmem (deleted)"],
+}
+"""What luod takes under no configuration, and why or what to do instead."""
+
+
 def instead(probe: Probe) -> str:
     """What the fd seems to be, and what to do instead of preserving it."""
     if not probe.opened:
