@@ -19,7 +19,7 @@ TARGETS ?= codec connection packet a_manifest a_box a_ledger daemon notification
 PREFIX ?= /usr
 ETC := $(DESTDIR)/etc
 
-.PHONY: test test-lab lab-kernel faults demo bench fuzz golden soak lint clean install-systemd $(CHECKS)
+.PHONY: test test-lab lab-kernel lab-systemd faults demo bench fuzz golden soak lint clean install-systemd $(CHECKS)
 .DELETE_ON_ERROR:
 
 test: $(READY)-test  ## all tests
@@ -27,10 +27,13 @@ test: $(READY)-test  ## all tests
 
 test-lab: $(READY)-test  ## the tests that boot a kernel of their own, with live update, under QEMU
 	@$(BIN)/python tests/lab/vm.py --check
-	@$(BIN)/python -m pytest -m lab -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
+	@$(BIN)/python -m pytest -m lab -rs -n $(LAB_JOBS) --dist loadfile tests/lab $(ARGS)
 
 lab-kernel:  ## that kernel, from Debian's source, in the user's cache; where there is one already it is taken
 	@'$(PYTHON)' tests/lab/vm.py --kernel || tests/lab/build-kernel "$$('$(PYTHON)' tests/lab/vm.py --kernel-place)"
+
+lab-systemd:  ## a current systemd for some of them, from Debian sid, in the user's cache; where there is one already it is taken
+	@place="$$('$(PYTHON)' tests/lab/vm.py --systemd-place)" && { [ -e "$$place" ] || tests/lab/systemd-root "$$place"; }
 
 faults: $(READY)-test  ## a fault of every kind at every step of a handover, under every manager; minutes
 	@PYTHONPATH=tests $(BIN)/python -P -m matrix --jobs $(JOBS) $(ARGS)

@@ -115,6 +115,8 @@ class SessionStandin:
     files: dict[int, OwnedFd] = attrs.Factory(dict[int, OwnedFd])
     came: bool = False
     retrieved: bool = False
+    marker: OwnedFd = attrs.Factory(lambda: OwnedFd(os.memfd_create("kernel session", os.MFD_CLOEXEC)))
+    """Stands in for its fd."""
 
     def preserve(self, fd: int, token: int) -> None:
         self.kernel.note(f"preserve {self.name} {token}")
@@ -141,6 +143,9 @@ class SessionStandin:
             raise LiveUpdateFault(f"{self.name}: this kernel session has no such token", errno.ENOENT)
         return duplicate(self.files[token].fileno())
 
+    def fileno(self) -> int:
+        return self.marker.fileno()
+
     def finish(self) -> None:
         self.kernel.note(f"finish {self.name}")
         self.drop()
@@ -153,6 +158,7 @@ class SessionStandin:
         """Let go of its files."""
         for fd in self.files.values():
             fd.close()
+        self.marker.close()
         self.files = {}
         with suppress(KeyError):
             del (self.kernel.incoming if self.came else self.kernel.outgoing)[self.name]

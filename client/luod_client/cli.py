@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--reuse-cmdline", action="store_true", help="the command line of the running kernel")
     sub.add_argument("--cmdline", default="", metavar="TEXT", help="the command line, or more of it")
     sub.add_argument("--force", action="store_true", help="also with a command line that switches live updates off")
-    sub = command("run", "update:run", "check, prepare, and reboot into the loaded kernel")
+    sub = command("run", "update:run", "check, prepare, and reboot into the loaded kernel, by systemd or at once")
     going(sub)
     sub.add_argument("--dry-run", action="store_true", help="only say what would happen")
     sub.add_argument("--now", action="store_true", help="reboot at once, without stopping services")

@@ -33,14 +33,17 @@ from luod.config import Config, ConfigFault, load
 from luod.handlers import kinds
 from luod.notify import ManagerInfo
 from luod.rehearsal import prepare_meanwhile, rehearse
+from luod.relaying import relay
 from luod.server import Server
 from luod.succession.adoption import adopt
 from luod.succession.channel import Channel, decline
-from luod.succession.kernel import Arrival, unload
-from luod.succession.liveupdate import Device, LiveUpdateFault
+from luod.succession.keeping import secure
+from luod.succession.kernel import collect, unload
+from luod.succession.liveupdate import Device, Kept, KernelSession, LiveUpdateFault
 from luod.succession.messages import Offer
 from luod.succession.new import Left, NewSide
 from luod.succession.opaque import tell
+from luod.succession.relay import sort
 from luod.supervisor import command as supervisor
 from luod.system import System
 from luod.updates import steps_us
@@ -220,6 +223,7 @@ async def _serve(config: Config, directory: str, options: Sequence[str], handove
             await server.upgrades.stop()
             if server.upgrades.replaced.is_set():
                 await trio.sleep_forever()
+            await relay(server)
             _say_goodbye(server)
             await server.managing.tell("STOPPING=1")
             listening.unbind(directory, server.bound)
@@ -252,9 +256,15 @@ class _Start:
         except BaseException:
             lock.close()
             raise
-        adopted = adopt(passed.stored, self.system.boot_id)
+        relayed = sort(passed.stored, self.system.boot_id)
+        if relayed.of_this_boot:
+            log.warning("the reboot into another kernel that luod was prepared for did not happen: it serves on")
+        adopted = adopt(relayed.others, self.system.boot_id)
         began_us = self.system.monotonic_us()
-        arrival = self._arrival()
+        collected = {number: KernelSession(f"{number} of systemd", fd) for number, fd in relayed.came.items()} or self._collect()
+        securing: Sequence[str] = () if relayed.came else await self._secure(manager, [name for name, _ in passed.stored], collected)
+        known = {each.session_id for each in adopted.sessions} | {each.session_id for each in adopted.ended}
+        arrival = unload(collected, self.system.boot_id, known=known)
         generation = max(adopted.generation, arrival.index.generation if arrival is not None else 0) + 1
         server = self._server(directory, lock, {**passed.listeners, **bound}, generation=generation, bound=bound, manager=manager)
         for session in adopted.sessions:
@@ -272,8 +282,14 @@ class _Start:
                 server.adopt_session(session)
             for ended in arrival.index.ended:
                 server.remember(ended)
-        await server.managing.begin(others=adopted.others, leaving=adopted.leaving, is_main=True)
+        brought, leaving = (*relayed.names, *securing), (*adopted.leaving, *relayed.of_this_boot)
+        others = (*adopted.others, *relayed.of_this_boot, *brought)
+        # Without an arrival another luod may know more: a newer one.
+        spent = brought if arrival is not None else ()
+        await server.managing.begin(others=others, leaving=leaving, is_main=True, spent=spent)
         if arrival is not None:
+            if not {*spent}.intersection(server.managing.others):
+                arrival.settle()
             server.updates.begin(arrival, steps_us(arrival.index.frozen_at, began_us, self.system))
             came, lost = len(arrival.sessions), len(arrival.lost)
             log.info("%d sessions came from the last kernel, %d were lost", came, lost)
@@ -283,13 +299,19 @@ class _Start:
         self.nursery.start_soon(prepare_meanwhile)
         return server
 
-    def _arrival(self) -> Arrival | None:
+    def _collect(self) -> Mapping[int, Kept | LiveUpdateFault]:
         try:
-            return unload(Device.open, self.system.boot_id)
+            return collect(Device.open)
         except LiveUpdateFault as error:
             if not error.is_absent:
                 log.warning("whether the last kernel brought sessions can't be told: %s", error)
-            return None
+            return {}
+
+    async def _secure(
+        self, manager: ManagerInfo | None, stored: Sequence[str], collected: Mapping[int, Kept | LiveUpdateFault]
+    ) -> Sequence[str]:
+        sessions = {number: each.fileno() for number, each in collected.items() if not isinstance(each, LiveUpdateFault)}
+        return await secure(manager, stored, sessions) if manager is not None and sessions else ()
 
     async def succeed(self, handover: socket.socket) -> Server:
         """Serve as the successor of the luod at the other end of `handover`."""

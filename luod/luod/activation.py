@@ -27,8 +27,8 @@ from luod_protocol.messages import Endpoint
 FIRST: Final = 3
 """SD_LISTEN_FDS_START."""
 
-STORED: Final = re.compile(r"b\d+|luod-.+")
-"""Names of what luod puts into the store: boxes (succession/keeping), and a few things of its own."""
+STORED: Final = re.compile(r"b\d+|k[0-9a-f]+\.\d+|luod-.+")
+"""Names of what luod puts into the store: boxes (succession/keeping), kernel sessions (succession/relay), a few things of its own."""
 
 _ENDPOINTS: Final = {endpoint.value: endpoint for endpoint in Endpoint}
 

@@ -45,12 +45,16 @@ class Managing:
         info: the manager, None where there is none.
         custody: the sessions, and what they survive.
         generation: of this luod.
+        unit: which unit of systemd it is in; empty where that isn't known.
+
+    Attributes:
+        keeper: what it keeps; None where there is none.
     """
 
-    def __init__(self, info: ManagerInfo | None, custody: Custody, generation: int) -> None:
+    def __init__(self, info: ManagerInfo | None, custody: Custody, generation: int, unit: str = "") -> None:
         self._custody: Final = custody
         self._generation: Final = generation
-        self._keeper: Final = None if info is None else Keeper(manager=Manager(info), generation=generation, store=custody.store)
+        self.keeper: Final = None if info is None else Keeper(manager=Manager(info), generation=generation, store=custody.store, unit=unit)
         self._changed = trio.Event()
         self._complaint = ""
         if info is not None:
@@ -60,35 +64,35 @@ class Managing:
     @property
     def info(self) -> ManagerInfo | None:
         """The manager, if it is there."""
-        return self._keeper.manager.info if self._keeper is not None and not self._keeper.gone else None
+        return self.keeper.manager.info if self.keeper is not None and not self.keeper.gone else None
 
     @property
     def stored(self) -> int:
         """How many fds it keeps for luod."""
-        return self._keeper.count if self._keeper is not None and not self._keeper.gone else 0
+        return self.keeper.count if self.keeper is not None and not self.keeper.gone else 0
 
     @property
     def others(self) -> tuple[str, ...]:
         """What is in its store and is no session's box."""
-        return self._keeper.others if self._keeper is not None else ()
+        return self.keeper.others if self.keeper is not None else ()
 
     # -------------------------------------------------------------------------------------------------- what it keeps
 
     def inherit(self, others: Collection[str]) -> None:
         """As `Keeper.inherit`."""
-        if self._keeper is not None:
-            self._keeper.inherit(others)
+        if self.keeper is not None:
+            self.keeper.inherit(others)
 
-    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
+    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool, spent: Collection[str] = ()) -> None:
         """Have it keep what is finalized; see `Keeper.begin`."""
-        if self._keeper is not None:
-            await self._keeper.begin(others=others, leaving=leaving, is_main=is_main)
-            self._custody.outlook = self._keeper.outlook()
+        if self.keeper is not None:
+            await self.keeper.begin(others=others, leaving=leaving, is_main=is_main, spent=spent)
+            self._custody.outlook = self.keeper.outlook()
 
     async def begun(self) -> None:
         """Return when it listens to this process, or it is known that it doesn't."""
-        if self._keeper is not None:
-            await self._keeper.ready.wait()
+        if self.keeper is not None:
+            await self.keeper.ready.wait()
 
     async def perform(self, what: Storing | Forgetting) -> str:
         """Have it keep a box, or let go of one. Returns what it calls a box that it keeps; empty for none.
@@ -96,38 +100,38 @@ class Managing:
         Raises:
             Refusal: as `Keeper.keep` and `Keeper.forget`.
         """
-        if self._keeper is None:
+        if self.keeper is None:
             return ""
         stored = ""
         match what:
             case Storing(box=box):
-                stored = await self._keeper.keep(box)
+                stored = await self.keeper.keep(box)
             case Forgetting(ended=ended, box=box, stored=name):
-                await self._keeper.forget(ended, box, name)
-        self._custody.outlook = self._keeper.outlook()
+                await self.keeper.forget(ended, box, name)
+        self._custody.outlook = self.keeper.outlook()
         return stored
 
     async def note_retrieval(self, session_id: bytes, process: Process) -> None:
         """As `Keeper.note_retrieval`."""
-        if self._keeper is not None:
-            await self._keeper.note_retrieval(session_id, process)
+        if self.keeper is not None:
+            await self.keeper.note_retrieval(session_id, process)
 
     def note_successor(self) -> None:
         """A successor may serve from now on."""
-        if self._keeper is not None:
-            self._keeper.note_successor()
+        if self.keeper is not None:
+            self.keeper.note_successor()
 
     # ------------------------------------------------------------------------------------------------ what it is told
 
     async def tell(self, *fields: str) -> bool:
         """Tell it, and go on if it can't be told. Whether it was told, or there is none."""
-        if self._keeper is None or self._keeper.gone:
+        if self.keeper is None or self.keeper.gone:
             return True
         try:
-            await self._keeper.manager.tell(*fields)
+            await self.keeper.manager.tell(*fields)
         except ManagerGone as error:
-            self._keeper.lose(error)
-            self._custody.outlook = self._keeper.outlook()
+            self.keeper.lose(error)
+            self._custody.outlook = self.keeper.outlook()
             return False
         except ManagerFault as error:
             if str(error) != self._complaint:
@@ -143,9 +147,9 @@ class Managing:
         Raises:
             ManagerFault: it can't be told, or doesn't confirm.
         """
-        if self._keeper is not None:
-            await self._keeper.manager.tell(f"MAINPID={pid}")
-            await self._keeper.manager.barrier()
+        if self.keeper is not None:
+            await self.keeper.manager.tell(f"MAINPID={pid}")
+            await self.keeper.manager.barrier()
 
     def note_change(self) -> None:
         """What is finalized has changed."""
@@ -167,8 +171,8 @@ class Managing:
 
     def close(self) -> None:
         """Tell nothing more."""
-        if self._keeper is not None:
-            self._keeper.close()
+        if self.keeper is not None:
+            self.keeper.close()
 
     def _in_words(self) -> str:
         preserved = self._custody.count(SessionState.PRESERVED) + self._custody.count(SessionState.CLAIMED)

@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from luod import unit
 from luod.capacity import Capacity, all_uids_are_mapped, overflow_uid
 from luod.changes import Change, Retrieval, Sealing
 from luod.closing import Closer, Closing, Hanging, Threads
@@ -141,7 +142,7 @@ class Server:
         own = [socket_name(listener.fileno()) for listener in listeners.values()]
         recognizer = Recognizer(kinds=set(config.kinds.allow) - set(config.kinds.deny), files=config.files.allow, own=own)
         self.orchestrator = Orchestrator(self.custody, recognizer)
-        self.managing = Managing(manager, self.custody, generation)
+        self.managing = Managing(manager, self.custody, generation, unit.name(system.cgroup(system.pid)) if manager is not None else "")
         self.upgrades = Upgrades(host=self, options=options, bounds=config.handover)
         self._nursery = nursery
         self._lock = lock

@@ -26,7 +26,8 @@ _ALONE: Final = (
 )
 _NO_KERNEL: Final = "it isn't known yet what this kernel carries"
 _PARENT_TOO: Final = "a restart ends the supervising parent as well, which holds the copies; use an upgrade instead"
-_UNSEEN: Final = "luod can't see whether the store of its unit is kept over a soft-reboot"
+_UNSEEN: Final = "luod can't see whether the store of its unit is kept over a soft-reboot: this systemd doesn't tell"
+_RELEASED: Final = "systemd lets go of the store of luod's unit when it stops it: FileDescriptorStorePreserve=yes in the unit keeps it"
 
 
 @attrs.frozen(kw_only=True)
@@ -67,14 +68,16 @@ ALONE: Final = Outlook(
 """Without a service manager."""
 
 
-def kept(*, restarts: bool) -> Outlook:
-    """With a service manager that keeps boxes; `restarts` tells whether it does so over a restart of the service."""
+def kept(*, restarts: bool, stops: bool | None = None) -> Outlook:
+    """With a service manager that keeps boxes; `restarts` tells whether it does so over a restart of the service, `stops` whether over a
+    stop as well, and so over a soft-reboot; None: it isn't known."""
+    over_stops = {True: "", False: _RELEASED, None: _UNSEEN}[stops]
     return Outlook(
         reasons={
             Survives.DAEMON_UPGRADE: "",
             Survives.DAEMON_CRASH: "",
             Survives.SERVICE_RESTART: "" if restarts else _PARENT_TOO,
-            Survives.SOFT_REBOOT: _UNSEEN if restarts else _PARENT_TOO,
+            Survives.SOFT_REBOOT: over_stops if restarts else _PARENT_TOO,
             Survives.KEXEC: _NO_KERNEL,
         }
     )

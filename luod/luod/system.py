@@ -42,6 +42,14 @@ def cgroup(pid: int) -> str:
         return ""
 
 
+def _kexec_loaded() -> bool:
+    try:
+        with open("/sys/kernel/kexec_loaded", encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False
+
+
 def _boot_id() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
@@ -52,6 +60,7 @@ class System:
     """What the daemon needs to know of the world.
 
     `now` is in seconds since 1970, `monotonic_us` in microseconds of CLOCK_MONOTONIC, which all processes of a machine share.
+    `kexec_loaded` is whether a kernel is loaded to reboot into.
     """
 
     now: Callable[[], float] = time.time
@@ -59,6 +68,7 @@ class System:
     process: Callable[[int], Process] = process
     is_alive: Callable[[Process], bool] = _is_alive
     cgroup: Callable[[int], str] = cgroup
+    kexec_loaded: Callable[[], bool] = _kexec_loaded
     boot_id: str = attrs.field(factory=_boot_id)
     pid: int = attrs.field(factory=os.getpid)
     uid: int = attrs.field(factory=os.geteuid)

@@ -9,7 +9,8 @@ Unhappy paths:
 2. The kernel refuses, somebody cancels, or the reboot fails: everything is unpreserved, `reason` says why, and luod serves as before.
 3. Whoever froze luod ends without a reboot: as 2.
 4. A prepared session ends: it is unpreserved before its client is answered. One that is finalized is added.
-5. A process upgrade while something is preserved, or the other way round: refused, for the kernel's sessions end with this process.
+5. This process is told to end before the reboot: `end` freezes it, and what the kernel is to carry is given to somebody else.
+6. A process upgrade while something is preserved, or the other way round: refused, for the kernel's sessions end with this process.
 
 Invariants: outside of `frozen` every client is served as ever, but that nobody can open a session while an update is prepared. The set
 that is frozen is the set that the index names. Threads that touch `Cargo` or `Hold` take turns.
@@ -19,25 +20,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import trio
 
 from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.custody import Custody
+from luod.gate import Gate
 from luod.lifecycle import SessionState
+from luod.preflight import cannot, impossible, report, told
 from luod.session import Session
-from luod.succession.kernel import Arrival, Cargo, Hold, parts_of
+from luod.succession.kernel import Arrival, Cargo, Hold
 from luod.succession.kernel_table import UpdateEvent, UpdateState, step
-from luod.succession.liveupdate import MAX_SESSIONS, LiveUpdateFault, Opening
+from luod.succession.liveupdate import Kept, LiveUpdateFault, Opening
 from luod.succession.parcel import MAX_NAMED, VERSION, Index, Shipped
 from luod.system import System
-from luod_protocol import box
 from luod_protocol import messages as m
 from luod_protocol.box import BoxFault
 from luod_protocol.errors import Code, Refusal
-from luod_protocol.fds import close_all, duplicate
+from luod_protocol.fds import duplicate
 from luod_protocol.version import RELEASE
 
 MAX_DEADLINE_S: Final = 86_400.0
@@ -45,7 +47,6 @@ MAX_REASON: Final = 500
 """Characters that are kept of a reason."""
 
 _LOOKING: Final = (m.Capabilities, m.List, m.Show)
-_LOOK_AT_ONCE: Final = 128
 
 log = logging.getLogger("luod")
 
@@ -54,6 +55,7 @@ class Host(Protocol):
     """What updates need of the server."""
 
     custody: Custody
+    gate: Gate
     generation: int
 
     @property
@@ -85,6 +87,8 @@ class Updates:
         self._turn = trio.Lock()
         self._changed = trio.Event()
         self._undone = trio.Event()
+        self._stepped = trio.Event()
+        self._waits_until = 0.0
         self._scope: trio.CancelScope | None = None
         self._reason = ""
         self._deadline = 0.0
@@ -126,7 +130,7 @@ class Updates:
             case m.Update():
                 return self.status(request.seq)
             case m.Preflight():
-                return await self.preflight(request.seq)
+                return await report(self._host.custody, request.seq)
             case m.Prepare():
                 return self.prepare(request)
             case m.Freeze():
@@ -169,60 +173,10 @@ class Updates:
         """Refuse to be replaced while the kernel holds something that would end with this process.
 
         Raises:
-            Refusal: unhappy path 5.
+            Refusal: unhappy path 6.
         """
         if self.is_running:
             raise Refusal(Code.UPDATE_RUNNING, f"an update of the kernel is {self.state}: `luoctl cancel` first, or reboot first")
-
-    async def preflight(self, seq: int) -> m.PreflightReport:
-        """What would be carried now."""
-        custody = self._host.custody
-        sessions = [each for each in custody.store if each.sealed is not None]
-        cannot = self._cannot(sessions)
-        going = [each for each in sessions if each.session_id not in cannot]
-        boxes = [
-            (duplicate(each.sealed.box.fileno()), [place for place, entry in enumerate(each.contents) if entry.kind == "memfd"])
-            for each in going
-            if each.sealed is not None
-        ]
-        try:
-            memory, holes = await trio.to_thread.run_sync(lambda: _weigh((each.fileno(), places) for each, places in boxes))
-        except (OSError, BoxFault) as error:
-            raise Refusal(Code.SYSTEM_ERROR, f"luod can't look at its sessions: {error}; try again") from None
-        finally:
-            close_all(each for each, _ in boxes)
-        return m.PreflightReport(
-            seq=seq,
-            fault=self._impossible(going),
-            sessions=len(going),
-            fds=sum(each.size for each in going),
-            memory_bytes=memory,
-            hole_bytes=holes,
-            open_sessions=tuple(_told(each) for each in custody.store if each.state is SessionState.OPEN),
-            cannot={
-                f"{_told(each)}, id {each.session_id.hex()}": cannot[each.session_id] for each in sessions if each.session_id in cannot
-            },
-        )
-
-    def _impossible(self, going: Iterable[Session]) -> str:
-        fault = self._host.custody.carriable.fault
-        parts = sum(parts_of(each.size) for each in going) + 1
-        if not fault and parts > MAX_SESSIONS:
-            fault = f"these sessions need {parts} sessions of the kernel, which takes {MAX_SESSIONS}: leave some behind, or finish some"
-        return fault
-
-    def _cannot(self, sessions: Iterable[Session]) -> dict[bytes, str]:
-        sessions = tuple(sessions)
-        carriable = self._host.custody.carriable
-        carriable.look({sort for session in sessions for sort in session.sorts})
-        cannot: dict[bytes, str] = {}
-        for session in sessions:
-            carriable.see_session(session)
-            refused = carriable.refused(session.sorts)
-            if refused:
-                entry = next(each for each in session.contents if each.sort in refused)
-                cannot[session.session_id] = f"entry {entry.name!r}: {carriable.why_not((entry.sort,))}"
-        return cannot
 
     # ------------------------------------------------------------------------------------------------------- preparing
 
@@ -230,7 +184,7 @@ class Updates:
         """Begin to prepare.
 
         Raises:
-            Refusal: unhappy path 1 or 5, or one is being prepared already.
+            Refusal: unhappy path 1 or 6, or one is being prepared already.
         """
         if not 0 <= request.deadline_s <= MAX_DEADLINE_S:
             raise Refusal(Code.BAD_REQUEST, f"a deadline of {request.deadline_s:g} s: it must be 0 to {MAX_DEADLINE_S:g}")
@@ -247,9 +201,9 @@ class Updates:
             raise Refusal(Code.NO_SUCH_SESSION, f"there is no session {sorted(unknown)[0][:64]!r} to leave behind: `luoctl list`")
         if custody.carriable.fault:
             raise Refusal(Code.CANNOT_SURVIVE, f"this kernel carries nothing to the next: {custody.carriable.fault}")
-        cannot = self._cannot(each for each in sessions if each.session_id not in named)
-        if cannot and not request.force:
-            texts = [f"{_told(each)}: {cannot[each.session_id]}" for each in sessions if each.session_id in cannot]
+        excluded = cannot(custody, (each for each in sessions if each.session_id not in named))
+        if excluded and not request.force:
+            texts = [f"{told(each)}: {excluded[each.session_id]}" for each in sessions if each.session_id in excluded]
             more = f", and {len(texts) - 5} more" if len(texts) > 5 else ""
             raise Refusal(
                 Code.CANNOT_SURVIVE,
@@ -262,10 +216,10 @@ class Updates:
                 Code.CANNOT_SURVIVE,
                 f"luod holds {foreign} sessions of a newer luod that it can't read nor send along: upgrade luod first, or say --force",
             )
-        fault = self._impossible(each for each in sessions if each.session_id not in named | cannot.keys())
+        fault = impossible(custody, (each for each in sessions if each.session_id not in named | excluded.keys()))
         if fault:
             raise Refusal(Code.CANNOT_SURVIVE, fault)
-        self._left, self._forced = named | cannot.keys(), request.force
+        self._left, self._forced = named | excluded.keys(), request.force
         self._reason, self._lost, self._arrived, self._steps_us = "", (), 0, {}
         self._deadline = custody.system.now() + request.deadline_s
         self._step(UpdateEvent.PREPARE)
@@ -275,12 +229,12 @@ class Updates:
         return self.status(request.seq)
 
     async def _prepare(self, patience_s: float) -> None:
-        deadline = trio.current_time() + patience_s
+        self._waits_until = trio.current_time() + patience_s
         with trio.CancelScope() as self._scope:
             try:
                 await self._in_turn(self._hold.let_all_go)
                 while True:
-                    await self._settle_down(deadline)
+                    await self._settle_down()
                     changed = self._changed
                     self._step(UpdateEvent.ALL_PRESERVED)
                     await changed.wait()
@@ -292,7 +246,7 @@ class Updates:
                     self._step(UpdateEvent.FAILED)
                     await self._undo(f"it failed: {error}")
 
-    async def _settle_down(self, deadline: float) -> None:
+    async def _settle_down(self) -> None:
         """Return when all that travels is preserved, and nobody's session is waited for."""
         while True:
             self._changed = trio.Event()
@@ -300,20 +254,20 @@ class Updates:
             session = next((each for each in sessions if each.session_id not in self._cargo), None)
             if session is not None:
                 await self._load(session)
-            elif self._open_sessions() and trio.current_time() < deadline:
-                with trio.move_on_at(deadline):
+            elif self._open_sessions() and trio.current_time() < self._waits_until:
+                with trio.move_on_at(self._waits_until):
                     await self._changed.wait()
             else:
                 self._note_left()
                 return
 
     async def _load(self, session: Session) -> None:
-        cannot = self._cannot([session])
-        if cannot and self._forced:
+        why = cannot(self._host.custody, [session]).get(session.session_id)
+        if why and self._forced:
             self._left.add(session.session_id)
             return
-        if cannot:
-            raise Refusal(Code.CANNOT_SURVIVE, f"{_told(session)} was finalized and can't travel: {cannot[session.session_id]}")
+        if why:
+            raise Refusal(Code.CANNOT_SURVIVE, f"{told(session)} was finalized and can't travel: {why}")
         async with self._turn:
             if session.sealed is None:
                 return
@@ -321,13 +275,13 @@ class Updates:
                 try:
                     await trio.to_thread.run_sync(self._cargo.load, session, sealed.fileno())
                 except LiveUpdateFault as error:
-                    raise LiveUpdateFault(f"{_told(session)}: {error}", error.errno) from None
+                    raise LiveUpdateFault(f"{told(session)}: {error}", error.errno) from None
 
     def _open_sessions(self) -> list[Session]:
         return [each for each in self._host.custody.store if each.state is SessionState.OPEN and each.session_id not in self._left]
 
     def _note_left(self) -> None:
-        left = [_told(each) for each in self._host.custody.store if each.session_id not in self._cargo and self._is_left(each)]
+        left = [told(each) for each in self._host.custody.store if each.session_id not in self._cargo and self._is_left(each)]
         more = [f"and {len(left) - MAX_NAMED} more"] if len(left) > MAX_NAMED else []
         self._left_behind = (*left[:MAX_NAMED], *more)
 
@@ -378,6 +332,10 @@ class Updates:
             raise Refusal(Code.OUT_OF_ORDER, f"an update is {self.state}, it must be prepared: `luoctl prepare`, and wait until it is")
         if self._changed.is_set() or self._host.at_work > 1:
             raise Refusal(Code.UPDATE_RUNNING, "requests are under way that may change what travels: ask again")
+        self._freeze(connection)
+        return self.status(seq)
+
+    def _freeze(self, by: object) -> None:
         custody = self._host.custody
 
         def index(sessions: tuple[Shipped, ...]) -> Index:
@@ -397,8 +355,45 @@ class Updates:
         except (LiveUpdateFault, OSError) as error:
             raise Refusal(Code.SYSTEM_ERROR, f"luod can't be frozen: {error}") from None
         self._step(UpdateEvent.FREEZE)
-        self._frozen_by = connection
-        return self.status(seq)
+        self._frozen_by = by
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether an update is prepared, or about to be."""
+        return self.state in (UpdateState.PREPARING, UpdateState.PREPARED)
+
+    @property
+    def has_what_travels(self) -> bool:
+        """Whether one could be prepared that carries something."""
+        custody, is_free = self._host.custody, not self.is_running and not self._host.is_handing_over
+        return is_free and any(each.sealed is not None for each in custody.store) and not custody.carriable.fault
+
+    async def end(self) -> list[Kept]:
+        """Freeze, and prepare before if it isn't done: this process is about to end. Nobody is served from here on. Cancelled, or refused:
+        the gate may be closed, and the update be running.
+
+        Returns:
+            The kernel sessions (borrowed), that of the index first, as `Passed` has them.
+
+        Raises:
+            Refusal: the kernel refuses something.
+        """
+        if not self.is_running:
+            self.prepare(m.Prepare(seq=0, deadline_s=0.0, leave_behind=(), force=True))
+        self._waits_until = trio.current_time()
+        if self.state is UpdateState.PREPARING:
+            self._changed.set()
+        while True:
+            while self.state is UpdateState.PREPARING:
+                await self._stepped.wait()
+            if self.state is not UpdateState.PREPARED:
+                raise Refusal(Code.CANNOT_SURVIVE, f"the update was given up: {self._reason}")
+            self._host.gate.close()
+            await self._host.gate.still()
+            if self.state is UpdateState.PREPARED and not self._changed.is_set():
+                self._freeze(self)
+                return self._cargo.sessions
+            self._host.gate.open()
 
     async def cancel(self, request: m.CancelUpdate) -> m.UpdateStatus:
         """Undo everything; return when that is done.
@@ -430,6 +425,8 @@ class Updates:
 
     def _step(self, event: UpdateEvent) -> None:
         self.state = step(self.state, event)
+        self._stepped.set()
+        self._stepped = trio.Event()
         self._host.custody.carriable.rests = self.state is UpdateState.FROZEN
         self._host.tell_monitors("update", self.state)
 
@@ -446,24 +443,3 @@ def steps_us(frozen_at: float, began_us: int, system: System) -> dict[str, int]:
     zero = system.now() - now_us / 1e6
     kernel_us = max(0, round((zero - frozen_at) * 1e6))
     return {"kernel": kernel_us, "boot": process_us, "start": began_us - process_us, "adopt": now_us - began_us}
-
-
-def _told(session: Session) -> str:
-    return f"session {session.name!r} of uid {session.owner}"
-
-
-def _weigh(boxes: Iterable[tuple[int, Sequence[int]]]) -> tuple[int, int]:
-    """Bytes that the memfds at these places in boxes (borrowed) have, and how many their holes would take; each memfd once."""
-    seen: dict[tuple[int, int], os.stat_result] = {}
-    for sealed, places in boxes:
-        for start in range(0, len(places), _LOOK_AT_ONCE):
-            fds = box.look(sealed, places[start : start + _LOOK_AT_ONCE])
-            try:
-                for status in (os.fstat(fd.fileno()) for fd in fds):
-                    seen[status.st_dev, status.st_ino] = status
-            finally:
-                close_all(fds)
-    return (
-        sum(min(each.st_size, each.st_blocks * 512) for each in seen.values()),
-        sum(max(0, each.st_size - each.st_blocks * 512) for each in seen.values()),
-    )

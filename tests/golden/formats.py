@@ -207,9 +207,8 @@ def _read_box(name: str, files: Files) -> Any:
 
 # ---- ledger
 
-_HEAD_BYTES: Final = 24
-_AREAS: Final = (4096, 1 << 32)
-"""Where a ledger's records are, by the parity of its epoch, the last eight bytes of its head. A file has the head and the records only."""
+_HEAD_BYTES: Final = 32
+"""Of a ledger's head; the last eight say where its records are. A file has the head and the records only."""
 
 
 def _write_ledger() -> Generator[tuple[str, bytes, Any]]:
@@ -241,7 +240,7 @@ def _read_parcel(name: str, files: Files) -> Any:
 def _ledger_bytes(written: Ledger) -> bytes:
     memory = written.memfd.fileno()
     data = os.pread(memory, _HEAD_BYTES, 0)
-    place = _AREAS[data[16] % 2]
+    place = _records_place(data)
     # Each record has its size in front; memory that was never written is zero.
     while size := int.from_bytes(os.pread(memory, 4, place), "little"):
         data += os.pread(memory, 8 + size, place)
@@ -249,11 +248,15 @@ def _ledger_bytes(written: Ledger) -> bytes:
     return data
 
 
+def _records_place(head: bytes) -> int:
+    return int.from_bytes(head[_HEAD_BYTES - 8 :], "little")
+
+
 def _read_ledger(name: str, files: Files) -> Any:
     head, records = files[name][:_HEAD_BYTES], files[name][_HEAD_BYTES:]
     with memfd() as memory:
         os.pwrite(memory.fileno(), head, 0)
-        os.pwrite(memory.fileno(), records, _AREAS[head[16] % 2])
+        os.pwrite(memory.fileno(), records, _records_place(head))
         return plain(ledger.read(memory.fileno()))
 
 

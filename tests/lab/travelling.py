@@ -8,11 +8,12 @@ import fcntl
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import luod_client
 from luod_client import cli
@@ -31,13 +32,14 @@ def luod() -> Generator[None]:
     """A luod that serves the machine."""
     with subprocess.Popen([sys.executable, "-P", "-m", "luod", "--runtime-dir", RUNTIME_DIR]) as process:
         try:
-            until(_serves, "luod serves")
+            until(serves, "luod serves")
             yield
         finally:
             process.terminate()
 
 
-def _serves() -> bool:
+def serves() -> bool:
+    """Whether a luod does."""
     try:
         luod_client.control().close()
     except LuodError:
@@ -52,6 +54,13 @@ def luoctl(*words: str) -> tuple[int, str, str]:
         status = cli.main(words)
     print("luoctl", *words, "->", status, out.getvalue(), err.getvalue())
     return status, out.getvalue(), err.getvalue()
+
+
+def away(*command: str) -> NoReturn:
+    """Run what ends this stage, and wait for that."""
+    subprocess.run(command, check=True)
+    signal.pause()
+    raise AssertionError("a signal, but no end")
 
 
 def tell(name: str, value: object) -> None:
@@ -99,12 +108,12 @@ def describe(fds: Mapping[str, OwnedFd]) -> dict[str, Description]:
     return found
 
 
-def keep(kept: Mapping[str, Mapping[str, OwnedFd]]) -> None:
-    """Finalize sessions, which must survive a kexec."""
+def keep(kept: Mapping[str, Mapping[str, OwnedFd]], require: Collection[str] = ("kexec",)) -> None:
+    """Finalize sessions, which must survive a kexec, or what else is required."""
     for name, fds in kept.items():
         with luod_client.serialize(name, metadata=name.encode()) as session:
             session.preserve({each: fd.fileno() for each, fd in fds.items()}, metadata={each: each.encode() for each in fds})
-            session.finalize(require={"kexec"})
+            session.finalize(require=require)
 
 
 def look(names: tuple[str, ...] = ("many", "guest", "backend"), *, finish: bool = False) -> dict[str, Any]:

@@ -53,6 +53,15 @@ def test_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch, cache:
     assert vm.missing() == [programs]
 
 
+def test_says_how_to_get_a_systemd_where_one_is_wanted(cache: Path) -> None:
+    assert set(vm.missing(systemd=True)) - set(vm.missing()) == {
+        f"the lab needs a current systemd: `make lab-systemd` gets Debian sid's, as {vm.systemd_root()}"
+    }
+    assert cache / "cache" / "luod-lab-systemd" in vm.systemd_root().parents
+    vm.systemd_root().mkdir(parents=True)
+    assert vm.missing(systemd=True) == vm.missing()
+
+
 @pytest.mark.parametrize("example", ["vfio_noiommu", "iommufd"])
 def test_an_example_says_why_the_lab_can_not_be_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, example: str) -> None:
     monkeypatch.setenv("LUOD_LAB_KERNEL", str(tmp_path / "bzImage"))

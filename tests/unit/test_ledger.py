@@ -88,6 +88,20 @@ def test_it_is_begun_anew_when_it_is_long_and_not_before() -> None:
     kept.close()
 
 
+def test_it_has_no_holes_that_a_kexec_would_fill() -> None:
+    kept = Ledger([retrieval(1)])
+    size = os.fstat(kept.memfd.fileno()).st_size
+    for _ in range(5):
+        kept.begin_anew([retrieval(2)])
+        assert read(kept.memfd.fileno()) == [retrieval(2)]
+        assert os.fstat(kept.memfd.fileno()).st_size <= 2 * size
+    kept.begin_anew([retrieval(number) for number in range(9)])
+    kept.begin_anew([retrieval(3)])
+    assert written(kept, [retrieval(4)]) == [retrieval(3), retrieval(4)]
+    assert os.fstat(kept.memfd.fileno()).st_size <= 2 * size
+    kept.close()
+
+
 @contextmanager
 def no_file_larger_than(size: int) -> Generator[None]:
     """Writes end at `size` bytes, as where memory runs out: a part is written, then nothing."""
@@ -101,7 +115,8 @@ def no_file_larger_than(size: int) -> Generator[None]:
 
 def test_a_failed_begin_anew_leaves_what_was() -> None:
     kept = Ledger([retrieval(1)])
-    with no_file_larger_than(4096 + 90), pytest.raises(LedgerFault, match=r"90 of .* bytes, no memory is left"):
+    size = os.fstat(kept.memfd.fileno()).st_size
+    with no_file_larger_than(size + 90), pytest.raises(LedgerFault, match=r"90 of .* bytes, no memory is left"):
         kept.begin_anew([retrieval(2), retrieval(3)])
     assert written(kept, [retrieval(4)]) == [retrieval(1), retrieval(4)]
     kept.close()

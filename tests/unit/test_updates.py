@@ -19,9 +19,10 @@ from luod import listening
 from luod.capacity import capacity
 from luod.config import Config
 from luod.live import revive
+from luod.notify import ManagerInfo
 from luod.server import Server
 from luod.succession import kernel as succession
-from luod.succession.kernel import Arrival, unload
+from luod.succession.kernel import Arrival, collect, unload
 from luod.succession.liveupdate import LiveUpdateFault
 from luod.succession.messages import Connection as LiveConnection
 from luod.system import System
@@ -53,12 +54,17 @@ class Luod:
                 await trio.sleep(0.001)
 
 
+def boot_id(kernel: KernelStandin) -> str:
+    """Of the machine, while this kernel runs."""
+    return f"{kernel.boot:08x}-0000-0000-0000-000000000000"
+
+
 @asynccontextmanager
-async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
+async def luod(kernel: KernelStandin, *, manager: ManagerInfo | None = None, kexec_loaded: bool = False) -> AsyncGenerator[Luod, None]:
     """A luod of this kernel, with what the last one brought. At its end the kernel lets go of all, as when a process ends."""
-    system = System(boot_id=f"boot-{kernel.boot}")
+    system = System(boot_id=boot_id(kernel), kexec_loaded=lambda: kexec_loaded)
     with folder_for() as directory:
-        arrival = unload(kernel.opening, system.boot_id) if kernel.is_there else None
+        arrival = unload(collect(kernel.opening), system.boot_id) if kernel.is_there else None
         lock = listening.lock(directory)
         listeners = listening.bind(directory)
         async with trio.open_nursery() as nursery:
@@ -72,12 +78,15 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
                 listeners=listeners,
                 generation=arrival.index.generation + 1 if arrival is not None else 1,
                 capacity=capacity(Config().limits),
+                manager=manager,
                 opening=kernel.opening,
             )
             for session in arrival.sessions if arrival is not None else ():
                 server.adopt_session(session)
             if arrival is not None:
+                arrival.settle()
                 server.updates.begin(arrival, steps_us(arrival.index.frozen_at, system.monotonic_us(), system))
+            await server.managing.begin(others=(), leaving=(), is_main=True)
             server.start()
             try:
                 yield Luod(server=server, directory=directory, kernel=kernel)
@@ -89,6 +98,7 @@ async def luod(kernel: KernelStandin) -> AsyncGenerator[Luod, None]:
             listener.close()
         lock.close()
         kernel.close()
+        server.managing.close()
         close_all(fd for session in server.store for fd in session.take_fds())
 
 
@@ -464,7 +474,7 @@ def test_an_index_that_cannot_be_had(what: str) -> None:
     following.fault = refuse(what, errno.EACCES)
     arrival: Arrival | None = None
     with suppress(LiveUpdateFault):
-        arrival = unload(following.opening, "boot")
+        arrival = unload(collect(following.opening), "boot")
     assert arrival is None
     following.close()
 

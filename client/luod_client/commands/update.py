@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Final
 
-from luod_client import kexec
+from luod_client import kexec, systemd
 from luod_client.commands import output
 from luod_client.session import Control, control
 from luod_protocol import messages as m
@@ -29,8 +29,10 @@ _STEPS: Final = {
 
 NOT_NOW: Final = (
     "say --now: luoctl then reboots into the loaded kernel itself, at once, without stopping services or unmounting file systems. Stop "
-    "before what must be stopped. `systemctl kexec` is no other way: it stops luod first, which ends what the kernel would carry"
+    "before what must be stopped. `systemctl kexec` is no other way here, it would end what luod has"
 )
+NOW: Final = "`luoctl` reboots at once; services are not stopped, file systems not unmounted"
+IN_ORDER: Final = "`systemctl kexec`: systemd stops all services, luod last of its clients, and carries over what luod leaves with it"
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -61,27 +63,34 @@ def load(args: argparse.Namespace) -> None:
     if args.json:
         output.write_json({"kernel": args.kernel, "initrd": args.initrd, "command_line": line})
     else:
-        output.write(f"loaded {args.kernel}; `luoctl kexec run --now` goes there")
+        output.write(f"loaded {args.kernel}; `luoctl kexec run` goes there by systemd, `luoctl kexec run --now` at once")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, prepare, freeze, reboot; undo it when that fails."""
+    """Check, prepare, and have systemd reboot, or freeze and reboot; undo it when that fails."""
     with control(runtime_dir=args.runtime_dir) as connection:
         report = connection.preflight()
         problems = _problems(report, args)
+        running = connection.status()
+        no_systemd = systemd.why_not(running.manager, systemd.unit_of(running.pid))
         if args.dry_run or problems:
-            _plan(args, report, problems)
+            _plan(args, report, problems, no_systemd)
             if problems:
                 raise Refusal(Code.CANNOT_SURVIVE, f"no kexec: {'; '.join(problems)}")
             return
-        if not args.now:
-            raise Refusal(Code.BAD_REQUEST, NOT_NOW)
+        if not args.now and no_systemd:
+            raise Refusal(Code.BAD_REQUEST, f"{no_systemd}: {NOT_NOW}")
         if connection.update().state != "prepared":
             _prepare(connection, args)
-        os.sync()
         try:
-            _freeze(connection)
-            kexec.jump()
+            if args.now:
+                os.sync()
+                _freeze(connection)
+                kexec.jump()
+            else:
+                found = connection.update()  # luod may end at any moment from here on
+                systemd.kexec()
+                _tell(args, found)
         except (Disconnected, ProtocolFault):
             raise
         except BaseException as error:
@@ -111,10 +120,10 @@ def _problems(report: m.PreflightReport, args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _plan(args: argparse.Namespace, report: m.PreflightReport, problems: list[str]) -> None:
+def _plan(args: argparse.Namespace, report: m.PreflightReport, problems: list[str], no_systemd: str) -> None:
     if args.json:
         if not problems:
-            output.write_json({"report": report, "problems": problems})
+            output.write_json({"report": report, "problems": problems, "no_systemd": no_systemd})
         return
     output.write(
         output.fields(
@@ -126,6 +135,8 @@ def _plan(args: argparse.Namespace, report: m.PreflightReport, problems: list[st
                     f"{', '.join(report.open_sessions)}: to be finalized within {args.deadline:g} s" if report.open_sessions else "",
                 ),
                 *((text, f"can't travel: {why}") for text, why in report.cannot.items()),
+                ("run", f"not possible: {no_systemd}" if no_systemd else IN_ORDER),
+                ("run --now", NOW),
             )
         )
     )

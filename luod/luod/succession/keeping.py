@@ -21,15 +21,17 @@ from __future__ import annotations
 import heapq
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from luod import survival
-from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone
+from luod import unit as units
+from luod.notify import SYSTEMD, Manager, ManagerFault, ManagerGone, ManagerInfo
 from luod.store import Ended, Store
-from luod.succession import ledger
+from luod.succession import ledger, relay
 from luod.succession.fdstore import FdStore, NotKept
 from luod.succession.ledger import Ending, Ledger, LedgerFault, Record, Retrieval, Staying, Successor
 from luod.survival import Outlook
@@ -64,6 +66,29 @@ class _Names:
         heapq.heappush(self._free, int(name[1:]))
 
 
+async def secure(info: ManagerInfo, stored: Collection[str], sessions: Mapping[int, int]) -> Sequence[str]:
+    """Have the manager hold kernel sessions that this luod has retrieved itself, until it holds boxes: it may crash in between.
+
+    Args:
+        info: the manager.
+        stored: what it holds already.
+        sessions: fds (borrowed), by number; see `relay`.
+
+    Returns:
+        What they are called there.
+    """
+    manager = Manager(info)
+    store, names = FdStore(manager, stored, is_heard=True), [relay.name(relay.FORMER, number) for number in sessions]
+    try:
+        for name, fd in zip(names, sessions.values(), strict=True):
+            await store.put(name, fd)
+    except (NotKept, ManagerFault) as error:
+        log.warning("a crash of luod before it serves would cost what the last kernel brought: %s", error)
+    finally:
+        manager.close()
+    return [name for name in names if name in store.names]
+
+
 class Keeper:
     """What one luod has its manager keep.
 
@@ -71,6 +96,7 @@ class Keeper:
         manager: the manager; owned.
         generation: of this luod.
         store: its sessions, and what ended.
+        unit: which unit of systemd luod is in; empty where that isn't known.
 
     Attributes:
         ready: set when it is known whether anything can be kept.
@@ -78,7 +104,7 @@ class Keeper:
         gone: whether the manager is gone.
     """
 
-    def __init__(self, *, manager: Manager, generation: int, store: Store) -> None:
+    def __init__(self, *, manager: Manager, generation: int, store: Store, unit: str = "") -> None:
         self.manager: Final = manager
         self.ready = trio.Event()
         self.fault = ""
@@ -91,6 +117,8 @@ class Keeper:
         self._ledger: Ledger | None = None
         self._leaving: dict[bytes, Ended] = {}
         self._has_successor = False
+        self._unit: Final = unit
+        self._keeps_over_stops: bool | None = None
 
     @property
     def count(self) -> int:
@@ -110,21 +138,24 @@ class Keeper:
         """What sessions survive with this manager."""
         if self.fault:
             return survival.not_kept(self.fault)
-        return survival.kept(restarts=self.manager.info.name == SYSTEMD)
+        return survival.kept(restarts=self.manager.info.name == SYSTEMD, stops=self._keeps_over_stops)
 
-    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool) -> None:
+    async def begin(self, *, others: Collection[str], leaving: Collection[str], is_main: bool, spent: Collection[str] = ()) -> None:
         """Begin to keep: a ledger of this luod's own, and every session that isn't in the store yet.
 
         Args:
             others: what is in the manager's store and is no session's box, by name.
             leaving: those of them that are to be removed, when the new ledger is there.
             is_main: whether the manager started this process; else it has to be seen that it listens.
+            spent: those of them that are to be removed when all sessions are in the store.
         """
         stored = {session.stored for session in self._sessions if session.stored}
         self._names = _Names(stored.union(others))
         self._fds = FdStore(self.manager, stored.union(others), is_heard=is_main)
         # What was opaque to a predecessor may be a session now.
         self._others = set(others) - stored
+        if self._unit and self.manager.info.name == SYSTEMD:
+            self._keeps_over_stops = await units.keeps_store(self._unit)
         try:
             await self._begin_ledger()
             for name in leaving:
@@ -137,6 +168,9 @@ class Keeper:
                 if not opaque.stored:
                     opaque.stored = await self._put(opaque.box.fileno())
                     self._others.add(opaque.stored)
+            for name in spent:
+                await self._fds.remove(name)
+                self._others.discard(name)
         except ManagerGone as error:
             self.lose(error)
         except (NotKept, ManagerFault, LedgerFault) as error:
@@ -220,6 +254,24 @@ class Keeper:
             raise Refusal(Code.SYSTEM_ERROR, f"the session is as it was: {error}; try again") from None
         finally:
             del self._leaving[ended.session_id]
+
+    async def relay(self, fds: Sequence[int], boot_id: str) -> None:
+        """Have the manager hold kernel sessions (borrowed), the index first: all or none. Cancelled: it may hold some.
+
+        Raises:
+            NotKept, ManagerFault: it doesn't.
+        """
+        await self.ready.wait()
+        put: list[str] = []
+        try:
+            for number, fd in enumerate(fds):
+                put.append(relay.name(boot_id, number))
+                await self._fds.put(put[-1], fd)
+        except (NotKept, ManagerFault):
+            with suppress(ManagerFault):
+                for name in put:
+                    await self._fds.remove(name)
+            raise
 
     def lose(self, error: ManagerGone) -> None:
         """Go on without the manager, which is gone."""

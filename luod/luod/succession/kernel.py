@@ -4,7 +4,8 @@ Theory. A session is taken out of its box, fd by fd, and preserved in kernel ses
 (`parcel`) in the first. In the next kernel it is put into a box again and adopted. This works while clients are served: the fds are the
 same objects, and what is written to a memfd afterwards travels as well.
 
-Happy path: `Cargo.load` for each session, `Cargo.seal`, the kexec; `unload`, and `Hold.let_go` when a session is finished.
+Happy path: `Cargo.load` for each session, `Cargo.seal`, the kexec; `collect`, `unload`, `Arrival.settle` when all is kept elsewhere as
+well, and `Hold.let_go` when a session is finished.
 
 Unhappy paths:
 1. The kernel refuses one fd: `load` raises, nothing of that session is preserved.
@@ -12,6 +13,9 @@ Unhappy paths:
    `drop` ends the borrowers' preservation too and tells which, so that they are loaded again.
 3. A session can't be unloaded (the kernel failed, a parcel of a newer version): it is lost, with a reason that is told; the others come.
 4. There is no index: nothing was carried.
+5. Somebody else has retrieved the kernel sessions, and passes them on (`relay`): these are unloaded, and nothing is collected.
+6. The index can't be read, being of a newer luod's: nothing is unloaded. Where a manager has the kernel sessions too they stay with it.
+7. A luod has died here before: what it had put elsewhere isn't unloaded again.
 
 Invariants: a file of the last kernel counts as preserved until its kernel session is finished, so nothing is loaded while a `Hold`
 holds any. A memfd comes back with no more rights than it had: read-only stays read-only, and so do its permissions, which guard
@@ -20,11 +24,13 @@ holds any. A memfd comes back with no more rights than it had: read-only stays r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 import attrs
@@ -59,6 +65,8 @@ _KEPT_FLAGS: Final = os.O_APPEND | os.O_NONBLOCK
 """What of the file status flags is restored; the kernel brings none."""
 _F_SEAL_EXEC: Final = 0x20
 _GUARDS: Final = 0o666
+
+_NOT_BROUGHT: Final = LiveUpdateFault("the last kernel, or the service manager, did not bring the kernel session", errno.ENOENT)
 
 log = logging.getLogger("luod")
 
@@ -202,6 +210,12 @@ class Cargo:
             raise
         self._index = session
 
+    @property
+    def sessions(self) -> list[Kept]:
+        """All kernel sessions: the index, then the others as it has them. Frozen only."""
+        assert self._index is not None
+        return [self._index, *(one for each in self._loaded.values() for one in each.sessions)]
+
     def close(self) -> None:
         """Unpreserve everything."""
         _close([*([self._index] if self._index is not None else []), *(one for each in self._loaded.values() for one in each.sessions)])
@@ -233,13 +247,18 @@ class Hold:
 
 @attrs.frozen(kw_only=True)
 class Arrival:
-    """What the last kernel brought: sessions, oldest first, the kernel sessions that they came in, and `lost`, what could not be had
-    back."""
+    """What the last kernel brought: sessions, oldest first, the kernel sessions that they came in, and that of the index; and `lost`, what
+    could not be had back."""
 
     index: Index
     sessions: list[Session]
     hold: Hold
     lost: tuple[str, ...]
+    index_session: Kept
+
+    def settle(self) -> None:
+        """The sessions are kept elsewhere as well: from here on nobody needs to unload them again."""
+        _finish(self.index_session)
 
 
 def parts_of(entries: int) -> int:
@@ -247,40 +266,76 @@ def parts_of(entries: int) -> int:
     return entries // MAX_FILES + 1
 
 
-def unload(opening: Opening, boot_id: str) -> Arrival | None:
-    """What the last kernel brought, or None when it brought nothing. The caller owns all of it.
+def collect(opening: Opening) -> dict[int, Kept | LiveUpdateFault]:
+    """The kernel sessions that the last kernel left for luod, or why one can't be had, by number: 0 is that of the index, the others come
+    as it has them. The caller owns them.
 
     Raises:
         LiveUpdateFault: the device can't be opened.
     """
     device = opening(patience_s=PATIENCE_S)
-    came: dict[bytes, list[Kept]] = {}
     try:
-        try:
-            session = device.retrieve(INDEX)
-        except LiveUpdateFault as error:
-            if not error.is_absent:
-                log.error("what the last kernel brought can't be had: %s", error)
-            return None
-        try:
-            index = decode_index(_record(session))
-        except (ParcelFault, LiveUpdateFault, OSError) as error:
-            log.error("the last kernel brought sessions that are lost: %s: %s", INDEX, error)
-            return None
-        finally:
-            _finish(session)
-        lost: list[str] = []
-        for shipped in index.sessions:
-            sessions = came[shipped.session_id] = []
+        found: dict[int, Kept | LiveUpdateFault] = {}
+        for number, name in enumerate(_names(found)):
             try:
-                sessions.extend(device.retrieve(part_name(shipped.session_id, part)) for part in range(shipped.parts))
+                found[number] = device.retrieve(name)
             except LiveUpdateFault as error:
-                _lose(shipped, str(error), came, lost)
+                found[number] = error
+        return found
     finally:
         device.close()
-    parcels = {each.session_id: _parcel(each, came, lost) for each in index.sessions if each.session_id in came}
-    adopted: list[Session] = []
+
+
+def _names(found: Mapping[int, Kept | LiveUpdateFault]) -> Iterator[str]:
+    """The names of kernel sessions: that of the index, and when it is found the others."""
+    yield INDEX
+    first = found[0]
+    if not isinstance(first, LiveUpdateFault):
+        with suppress(ParcelFault, LiveUpdateFault, OSError):
+            yield from _parts(decode_index(_record(first)))
+
+
+def _parts(index: Index) -> Iterator[str]:
     for shipped in index.sessions:
+        yield from (part_name(shipped.session_id, part) for part in range(shipped.parts))
+
+
+def unload(collected: Mapping[int, Kept | LiveUpdateFault], boot_id: str, *, known: Collection[bytes] = ()) -> Arrival | None:
+    """What the last kernel brought, or None when it brought nothing. The caller owns all of it.
+
+    Args:
+        collected: its kernel sessions, as `collect` has them; owned.
+        boot_id: of this kernel.
+        known: ids of sessions that are here already, or have ended here.
+    """
+    left = dict(collected)
+    first = left.pop(0, _NOT_BROUGHT)
+    try:
+        if isinstance(first, LiveUpdateFault):
+            if left or not first.is_absent:
+                log.error("what the last kernel brought can't be had: %s", first)
+            return None
+        try:
+            index = decode_index(_record(first))
+        except (ParcelFault, LiveUpdateFault, OSError) as error:
+            log.error("the last kernel brought sessions that this luod can't use: %s: %s", INDEX, error)
+            first.close()
+            return None
+        came: dict[bytes, list[Kept]] = {}
+        lost: list[str] = []
+        number = 0
+        for shipped in index.sessions:
+            parts = [left.pop(number + part, _NOT_BROUGHT) for part in range(1, shipped.parts + 1)]
+            number += shipped.parts
+            came[shipped.session_id] = [part for part in parts if not isinstance(part, LiveUpdateFault)]
+            if faults := [part for part in parts if isinstance(part, LiveUpdateFault)]:
+                _lose(shipped, str(faults[0]), came, lost)
+    finally:
+        _close(each for each in left.values() if not isinstance(each, LiveUpdateFault))
+    wanted = [each for each in index.sessions if each.session_id not in known]
+    parcels = {each.session_id: _parcel(each, came, lost) for each in wanted if each.session_id in came}
+    adopted: list[Session] = []
+    for shipped in wanted:
         parcel = parcels.get(shipped.session_id)
         if parcel is not None:
             try:
@@ -292,7 +347,7 @@ def unload(opening: Opening, boot_id: str) -> Arrival | None:
     for session_id in set(came) - held:
         _close(came.pop(session_id))
     adopted.sort(key=lambda each: each.sealed.manifest.finalized_at if each.sealed is not None else 0.0)
-    return Arrival(index=index, sessions=adopted, hold=Hold(came), lost=tuple(lost))
+    return Arrival(index=index, sessions=adopted, hold=Hold(came), lost=tuple(lost), index_session=first)
 
 
 def _lose(shipped: Shipped, why: str, came: dict[bytes, list[Kept]], lost: list[str]) -> None:

@@ -5,8 +5,9 @@ here, one record behind the other, before a client is told; and that a successor
 The manager holds the memfd too, so what a dead luod wrote is there. Its name has the generation of its luod: the next one reads the newest,
 and begins one of its own with what still matters.
 
-The memfd has a head and two areas, of which the one in use is told by the head's epoch, odd or even. A ledger that has become long is begun
-anew in the other area, and then the epoch is written. Every record's sum is seeded with its epoch, so an area's old records mean nothing.
+The memfd has a head, which tells where the records are, and of which epoch. A ledger that has become long is begun anew, with the next
+epoch, beside what it was, and then the head is written. Every record's sum is seeded with its epoch, so old records mean nothing. The
+memfd has no large holes: systemd 261 and later have the kernel carry it through a kexec, which fills them.
 
 Happy path: `Ledger.begin`, `write`, now and then `begin_anew`; in the next luod `read`.
 
@@ -15,8 +16,8 @@ Unhappy paths:
 2. The ledger is of a version that isn't known here: `LedgerFault`. The boxes say enough to go on without.
 3. It can't be written (ENOMEM): `LedgerFault`, and the request that needed it is refused.
 
-Invariants: a record is written by one pwrite(2), behind the others; the epoch by one of 8 bytes. Nobody but luod and the manager has the
-memfd.
+Invariants: a record is written by one pwrite(2), behind the others; epoch and place by one of 16 bytes. Nobody but luod and the manager
+has the memfd.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import ClassVar, Final, TypeAlias, get_args
 
 import attrs
@@ -40,15 +42,14 @@ VERSION: Final = 1
 LONG_BYTES: Final = 1024 * 1024
 """A ledger that is longer, and twice as long as what matters of it, is begun anew."""
 
-_HEAD: Final = struct.Struct("<8sQQ")
-"""Magic, version, epoch."""
-_EPOCH: Final = struct.Struct("<Q")
-_EPOCH_PLACE: Final = 16
+_HEAD: Final = struct.Struct("<8sQQQ")
+"""Magic, version, epoch, and where its records begin, in bytes."""
+_CURRENT: Final = struct.Struct("<QQ")
+"""The last two of it."""
+_CURRENT_PLACE: Final = _HEAD.size - _CURRENT.size
 _MAGIC: Final = b"luodldgr"
 _RECORD: Final = struct.Struct("<II")
 """Before each record: its size in bytes, its CRC-32."""
-_AREAS: Final = (4096, 1 << 32)
-"""Where they begin, in bytes; memory is used only for what is written."""
 _NAME: Final = re.compile(r"luod-ledger-(\d{1,18})")
 
 
@@ -121,10 +122,11 @@ class Ledger:
         except OSError as error:
             raise LedgerFault(f"luod's ledger can't be made: {error.strerror}") from None
         self._epoch = 0
+        self._place = _HEAD.size
         self._length = 0
         self._basis = 0
         try:
-            self._put(_HEAD.pack(_MAGIC, VERSION, 0), 0)
+            self._put(_HEAD.pack(_MAGIC, VERSION, 0, 0), 0)
             self.begin_anew(records)
         except BaseException:
             self.memfd.close()
@@ -143,9 +145,13 @@ class Ledger:
         """
         epoch = self._epoch + 1
         data = b"".join(_encoded(record, epoch) for record in records)
-        self._put(data, _AREAS[epoch % 2])
-        self._put(_EPOCH.pack(epoch), _EPOCH_PLACE)
-        self._epoch, self._length, self._basis = epoch, len(data), len(data)
+        place = _HEAD.size if _HEAD.size + len(data) <= self._place else self._place + self._length
+        self._put(data, place)
+        self._put(_CURRENT.pack(epoch, place), _CURRENT_PLACE)
+        self._epoch, self._place, self._length, self._basis = epoch, place, len(data), len(data)
+        # Only memory is won: without it all would be as well.
+        with suppress(OSError):
+            os.ftruncate(self.memfd.fileno(), place + len(data))
 
     def write(self, record: Record) -> None:
         """Add a record.
@@ -154,7 +160,7 @@ class Ledger:
             LedgerFault: unhappy path 3.
         """
         data = _encoded(record, self._epoch)
-        self._put(data, _AREAS[self._epoch % 2] + self._length)
+        self._put(data, self._place + self._length)
         self._length += len(data)
 
     def _put(self, data: bytes, place: int) -> None:
@@ -191,10 +197,11 @@ def read(memfd: int) -> list[Record]:
             raise LedgerFault("it is no ledger")
         version: int
         epoch: int
-        _, version, epoch = _HEAD.unpack(head)
+        place: int
+        _, version, epoch, place = _HEAD.unpack(head)
         if version != VERSION:
             raise LedgerFault(f"it is of version {version}, this luod knows {VERSION}")
-        return list(_records(memfd, _AREAS[epoch % 2], epoch))
+        return list(_records(memfd, place, epoch))
     except OSError as error:
         raise LedgerFault(f"it can't be read: {error.strerror}") from None
 

@@ -128,6 +128,8 @@ class Kept(Protocol):
 
     def finish(self) -> None: ...
 
+    def fileno(self) -> int: ...
+
     def close(self) -> None: ...
 
 
@@ -178,6 +180,10 @@ class KernelSession:
             LiveUpdateFault: not yet; nothing was let go of.
         """
         _call(self.fd.fileno(), _FINISH, bytearray(_BARE.pack(_BARE.size, 0)), self.name)
+
+    def fileno(self) -> int:
+        """Its fd, borrowed. A copy of it keeps the kernel session as it is."""
+        return self.fd.fileno()
 
     def close(self) -> None:
         """Close it: see the module's invariants."""
