@@ -244,7 +244,14 @@ def test_random_clients(daemon: Daemon) -> None:
     fds = all_fds()
 
     # Not made smaller: that would take longer than a test may.
-    @settings(max_examples=MOST, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
+    @settings(
+        max_examples=MOST,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.generate],
+    )
     @given(PLAYS)
     def converse(what: Play) -> None:
         nonlocal tried

@@ -67,7 +67,7 @@ BUG = "luod has a bug in its handover and logged it"
 ANNOUNCE_AGAIN_S = 1.0
 """How long until a service manager that could not be told is told again, in seconds."""
 
-LEAVE_S = 2.0
+LEAVE_S = 5.0
 """How long a successor that was told to leave may take before it is killed, in seconds."""
 
 
