@@ -327,6 +327,8 @@ class _Start:
             server = self._server(offer.directory, lock, listeners, generation=generation, bound=bound, manager=manager, frozen=True)
             for ended in offer.ended:
                 server.remember(ended)
+            if offer.last_update is not None:
+                server.updates.inherit(offer.last_update)
             servers.append(server)
             return server
 

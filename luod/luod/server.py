@@ -46,7 +46,7 @@ from luod.succession import ledger
 from luod.succession.carriable import Carriable
 from luod.succession.liveupdate import Device, Opening
 from luod.succession.messages import Connection as LiveConnection
-from luod.succession.messages import Handover
+from luod.succession.messages import Handover, LastUpdate
 from luod.succession.opaque import as_session, decide, tell
 from luod.succession.other import left, see_off
 from luod.system import Process, System
@@ -359,6 +359,11 @@ class Server:
             )
 
     # ------------------------------------------------------------------------------------------- updates of the kernel
+
+    @property
+    def last_update(self) -> LastUpdate | None:
+        """As `Updates.last`."""
+        return self.updates.last
 
     async def update(self, request: m.Update | m.Preflight | m.Prepare | m.Freeze | m.CancelUpdate, connection: Connection) -> m.Reply:
         """As `Updates.answer`."""

@@ -34,6 +34,7 @@ from luod.session import Session
 from luod.succession.kernel import Arrival, Cargo, Hold
 from luod.succession.kernel_table import UpdateEvent, UpdateState, step
 from luod.succession.liveupdate import Kept, LiveUpdateFault, Opening
+from luod.succession.messages import LastUpdate
 from luod.succession.parcel import MAX_NAMED, VERSION, Index, Shipped
 from luod.system import System
 from luod_protocol import messages as m
@@ -117,6 +118,17 @@ class Updates:
         self._serving_since_us = self._host.custody.system.monotonic_us()
         if not len(self._hold):
             self._step(UpdateEvent.LET_GO)
+
+    @property
+    def last(self) -> LastUpdate | None:
+        """What a successor is told of the update that brought the host to this kernel; None without one."""
+        if not self._steps_us:
+            return None
+        return LastUpdate(arrived=self._arrived, lost=self._lost, left_behind=self._left_behind, steps_us=self._steps_us)
+
+    def inherit(self, last: LastUpdate) -> None:
+        """Tell of it as the predecessor did. The kernel's sessions ended with that; their memory is in the boxes."""
+        self._arrived, self._lost, self._left_behind, self._steps_us = last.arrived, last.lost, last.left_behind, last.steps_us
 
     # ------------------------------------------------------------------------------------------------ asking and answering
 

@@ -256,6 +256,7 @@ class _Client:
         force = self._dice.random() < 0.8
         # Whoever claims by name may get another session than was listed.
         by_name = self._dice.random() < 0.5
+        self._verb = "claim by name" if by_name else "claim"
         found = looker.claim(name, owner=owner, force=force) if by_name else looker.claim(session_id=self._session_id, force=force)
         with found as claim:
             self._session_id = claim.info.session_id
@@ -311,6 +312,8 @@ class _Client:
 EXPECTED: Final = {
     "open": {Code.SESSION_EXISTS},
     "claim": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.SESSION_CLAIMED, Code.STILL_HELD},
+    # Its end may have freed its name, for one that is open.
+    "claim by name": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.SESSION_CLAIMED, Code.STILL_HELD, Code.OUT_OF_ORDER},
     "show": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED},
     "discard": {Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.SESSION_CLAIMED, Code.STILL_HELD},
 }

@@ -246,7 +246,7 @@ class Course:
         refused = Code(code)
         if refused not in EXPECTED.get(verb, ()):
             raise Violation(Breach.WRONG, f"{verb} was refused: {code}: {message}", session_id)
-        if refused in (Code.NO_SUCH_SESSION, Code.SESSION_FINISHED):
+        if refused in (Code.NO_SUCH_SESSION, Code.SESSION_FINISHED, Code.OUT_OF_ORDER):
             self.model.check_missing(session_id, asked_at)
         if verb == "open":
             self.model.step(session_id, Event.ABSENT)

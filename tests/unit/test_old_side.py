@@ -25,7 +25,7 @@ from luod.session import Session
 from luod.store import Store
 from luod.succession import old
 from luod.succession.channel import Channel
-from luod.succession.messages import VERSIONS, Copied, Declined, Handover, Meet
+from luod.succession.messages import VERSIONS, Copied, Declined, Handover, LastUpdate, Meet
 from luod.succession.old import HandoverFailed, OldSide
 from luod.succession.old_table import OldState
 from luod.system import System
@@ -51,6 +51,7 @@ class Server:
     generation: int = 1
     directory: str = ""
     manager: ManagerInfo | None = None
+    last_update: LastUpdate | None = None
     alone: trio.Event = attrs.Factory(trio.Event)
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:

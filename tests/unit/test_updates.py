@@ -225,6 +225,22 @@ async def test_who_asked_to_be_told_is_told_by_a_successor_too(kernel: KernelSta
         close_all(successors.take_fds())
 
 
+async def test_a_successor_still_tells_what_came_of_the_last_update(kernel: KernelStandin) -> None:
+    async with luod(kernel) as first:
+        assert first.server.last_update is None
+        await keep(first, "s", {"e": memfd(b"told")})
+        following = await jump(first)
+    async with luod(following) as second:
+        last, told = second.server.last_update, second.server.updates.status(0)
+        close_all((await back(second, "s")).values())
+    assert last is not None
+    async with luod(KernelStandin()) as successor:
+        successor.server.updates.inherit(last)
+        tells = successor.server.updates.status(0)
+        assert (tells.arrived, tells.lost, tells.left_behind) == (1, (), ())
+        assert {**told.steps_us, **tells.steps_us} == tells.steps_us
+
+
 async def test_two_updates_in_a_row(kernel: KernelStandin) -> None:
     async with luod(kernel) as first:
         await keep(first, "s", {"e": memfd(b"twice")})

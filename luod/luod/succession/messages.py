@@ -35,6 +35,16 @@ class Meet:
 
 
 @attrs.frozen(kw_only=True)
+class LastUpdate:
+    """What came of the update that brought the host to this kernel, for people; see `update-status` of the wire."""
+
+    arrived: int
+    lost: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    steps_us: dict[str, int]
+
+
+@attrs.frozen(kw_only=True)
 class Offer:
     """Old to new: come in. `handover` is the version agreed on. fds: the runtime directory's lock, the listening sockets in the order of
     `endpoints`, the old daemon's pidfd.
@@ -52,6 +62,7 @@ class Offer:
     bound: tuple[str, ...]
     ended: tuple[Ended, ...]
     manager: ManagerInfo | None
+    last_update: LastUpdate | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -42,6 +42,7 @@ from luod.succession.messages import (
     Frozen,
     Gone,
     Handover,
+    LastUpdate,
     Meet,
     Offer,
     OpaqueBox,
@@ -92,6 +93,9 @@ class Host(Protocol):
 
     @property
     def store(self) -> Store: ...
+
+    @property
+    def last_update(self) -> LastUpdate | None: ...
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None: ...
 
@@ -215,6 +219,7 @@ class OldSide:
             bound=self._host.bound,
             ended=tuple(self._host.store.all_ended),
             manager=self._host.manager,
+            last_update=self._host.last_update,
         )
         try:
             pidfd = OwnedFd(os.pidfd_open(os.getpid()))
