@@ -153,6 +153,8 @@ def test_a_commit_that_it_can_not_receive_at_once_is_a_commit(daemon: Daemon, tm
     old = faulty_old(daemon, tmp_path, "before-receive:serving", "ENOMEM")
     with scene(daemon.runtime_dir) as made:
         assert ask_upgrade(daemon.runtime_dir).generation == 3
+        # The successor answers, perhaps before the old daemon has looked.
+        old.wait_for("before-receive:serving")
         assert old.hits() == ["before-receive:serving"]
         assert daemon.status().generation == 3
         made.check_live()
