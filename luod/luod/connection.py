@@ -24,11 +24,8 @@ it may live elsewhere.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import socket
-import sys
-import termios
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Protocol
@@ -41,6 +38,7 @@ from luod.changes import Change
 from luod.closing import Closer, Closing
 from luod.custody import Client, Custody, Outcome, Pending
 from luod.gate import Gate
+from luod.inflight import outstanding
 from luod.orchestrator import Orchestrator
 from luod_protocol import messages as m
 from luod_protocol import wire
@@ -216,8 +214,7 @@ class Connection:
         raise BrokenPipeError(f"a reply was not read for {UNREAD_S:g} s")
 
     def _may_send(self, fds: int) -> bool:
-        # SIOCOUTQ of unix(7) is this number: what was sent and not read, in bytes of memory.
-        if fds and not int.from_bytes(fcntl.ioctl(self.raw, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+        if fds and not outstanding(self.raw.fileno()):
             self._in_flight = 0
         return not fds or self._in_flight + fds <= MAX_IN_FLIGHT
 

@@ -1,9 +1,15 @@
-"""fds in flight: how many there may be is counted for a uid, so others of luod's uid can use it up (unix(7), ETOOMANYREFS). Then a send is
-tried again for a while: whoever receives takes them out of the count."""
+"""What was sent over a unix socket and not received yet.
+
+fds in flight: how many there may be is counted for a uid, so others of luod's uid can use it up (unix(7), ETOOMANYREFS). Then a send is
+tried again for a while: whoever receives takes them out of the count.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import sys
+import termios
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -15,6 +21,11 @@ AGAIN_S: Final = 2.0
 
 PAUSE_S: Final = 0.005
 """How long between two tries, in seconds: no event tells."""
+
+
+def outstanding(sock: int) -> int:
+    """How much that was sent on a socket (borrowed) nobody has received, in bytes of memory: SIOCOUTQ of unix(7), which is TIOCOUTQ."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 async def insist(send: Callable[[], Awaitable[object]]) -> None:

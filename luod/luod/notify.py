@@ -22,19 +22,16 @@ from __future__ import annotations
 
 import array
 import errno
-import fcntl
 import os
 import select
 import socket
-import sys
-import termios
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 import attrs
 import trio
 
-from luod.inflight import insist
+from luod.inflight import insist, outstanding
 from luod_protocol.errors import LuodError
 from luod_protocol.fds import OwnedFd, own
 
@@ -151,8 +148,7 @@ class Manager:
 
     async def _emptied(self) -> None:
         while True:
-            # SIOCOUTQ of unix(7) is this number: what was sent and not taken, in bytes of memory.
-            if not int.from_bytes(fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+            if not outstanding(self._sock.fileno()):
                 return
             await trio.sleep(LOOK_S)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from entries import entry_of
 from luod import verify
 from luod.handlers import handler_of, kinds
 from luod.handlers.base import Handler, Mismatch, Probe
@@ -40,19 +41,6 @@ def refused(fd: int, *allowed: object) -> str:
         taken(fd, *allowed)
     assert caught.value.code is Code.KIND_NOT_SUPPORTED
     return caught.value.message
-
-
-def entry_of(handler: Handler, fd: int) -> Entry:
-    probe = Probe(fd)
-    return Entry(
-        name="disk",
-        kind=handler.kind,
-        compatible=handler.compatible,
-        metadata=b"",
-        needs=(),
-        identity=probe.identity,
-        facts=handler.record(probe),
-    )
 
 
 def check(entry: Entry, fd: int, *, same_kernel: bool = True) -> None:
@@ -338,7 +326,7 @@ def test_a_path_made_up_in_another_mount_namespace(tmp_path: Path) -> None:
 def test_a_successor_verifies_what_nobody_can_change(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     with opened(path) as fd:
-        entry = entry_of(taken(fd, path), fd)
+        entry = entry_of(fd, handler=taken(fd, path))
         check(entry, fd)
         os.write(fd, b"more")
         path.rename(tmp_path / "elsewhere")
@@ -350,7 +338,7 @@ def test_a_successor_verifies_what_nobody_can_change(tmp_path: Path) -> None:
 def test_a_successor_takes_nothing_else_for_it(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     with opened(path) as fd, opened(path, os.O_RDONLY) as reader, opened("/dev/zero") as zero, opened("/dev/null") as null, memfd() as ram:
-        entry = entry_of(taken(fd, path), fd)
+        entry = entry_of(fd, handler=taken(fd, path))
         with pytest.raises(Mismatch, match="access is r, it was rw"):
             check(entry, reader)
         with pytest.raises(Mismatch, match="another object"):
@@ -358,7 +346,7 @@ def test_a_successor_takes_nothing_else_for_it(tmp_path: Path) -> None:
         with pytest.raises(Mismatch, match="type is character, it was regular"):
             check(entry, zero, same_kernel=False)
         with pytest.raises(Mismatch, match=r"device is 1:3, it was 1:5"):
-            check(entry_of(taken(zero, "/dev/zero"), zero), null, same_kernel=False)
+            check(entry_of(zero, handler=taken(zero, "/dev/zero")), null, same_kernel=False)
         with eventfd() as event, pytest.raises(Mismatch, match="is no file"):
             check(entry, event.fileno(), same_kernel=False)
         assert not isinstance(taken(ram.fileno(), path), File)

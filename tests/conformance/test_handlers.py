@@ -17,6 +17,7 @@ import pytest
 from conformance.making import Refused, Specimen
 from conformance.recorded import RECORDED, RECORDED_REFUSED, Record, RecordedProbe
 from conformance.specimens import REFUSED, SPECIMENS
+from entries import entry_of
 from luod import manifest, verify
 from luod.handlers import HANDLERS, by_kind, devices, kinds, recognize
 from luod.handlers.base import Handler, Mismatch, Probe
@@ -35,28 +36,13 @@ each_specimen = pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specim
 each_refused = pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
 
 
-def recorded(fd: int) -> Entry:
-    """The entry of a borrowed fd, as the daemon writes it."""
-    probe = Probe(fd)
-    handler = recognize(probe)
-    return Entry(
-        name="it",
-        kind=handler.kind,
-        compatible=handler.compatible,
-        metadata=b"",
-        needs=(),
-        identity=probe.identity,
-        facts=handler.record(probe),
-    )
-
-
 @functools.cache
 def one_of_each() -> list[Entry]:
     """An entry of each kind, of things that are gone."""
     entries: list[Entry] = []
     for specimen in {specimen.kind: specimen for specimen in SPECIMENS}.values():
         with specimen.make() as fd:
-            entries.append(recorded(fd))
+            entries.append(entry_of(fd))
     return entries
 
 
@@ -125,10 +111,10 @@ def test_exactly_one_handler_recognizes_it(specimen: Specimen) -> None:
 @each_specimen
 def test_the_record_is_stable_and_travels(specimen: Specimen) -> None:
     with specimen.make() as fd:
-        entry = recorded(fd)
-        assert recorded(fd) == entry
+        entry = entry_of(fd)
+        assert entry_of(fd) == entry
         with duplicate(fd) as copy:
-            assert recorded(copy.fileno()) == entry
+            assert entry_of(copy.fileno()) == entry
     assert {name: entry.facts.get(name) for name in specimen.facts} == specimen.facts
     for name, fact in entry.facts.items():
         assert type(name) is str
@@ -143,7 +129,7 @@ def test_the_record_is_stable_and_travels(specimen: Specimen) -> None:
 @each_specimen
 def test_the_same_object_passes_wherever_the_fd_went(specimen: Specimen) -> None:
     with specimen.make() as fd:
-        entry = recorded(fd)
+        entry = entry_of(fd)
         check(entry, fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
@@ -177,7 +163,7 @@ def test_the_same_objects_pass_in_another_process() -> None:
         fds = [stack.enter_context(specimen.make()) for specimen in SPECIMENS]
         told: list[tuple[object, ...]] = []
         for fd in fds:
-            entry = recorded(fd)
+            entry = entry_of(fd)
             names = ("name", "kind", "compatible", "metadata", "needs", "facts")
             told.append((fd, entry.identity.device, entry.identity.inode, {name: getattr(entry, name) for name in names}))
         with spawn_client(verify_here, pass_fds=fds) as client:
@@ -203,7 +189,7 @@ def test_another_kind_does_not_pass(specimen: Specimen) -> None:
 def test_another_nature_does_not_pass(specimen: Specimen, other: Specimen) -> None:
     assert other.kind == specimen.kind
     with specimen.make() as fd, other.make() as before, pytest.raises(Mismatch, match=r"it was|it had|has lost"):
-        check(recorded(before), fd, same_kernel=False)
+        check(entry_of(before), fd, same_kernel=False)
 
 
 @pytest.mark.parametrize("kind", ["memfd", "pipe", "socket"])
@@ -211,7 +197,7 @@ def test_another_object_of_the_same_nature_does_not_pass_on_the_same_kernel(kind
     """Not so for eventfds: all of them have one inode."""
     specimen = next(each for each in SPECIMENS if each.kind == kind)
     with specimen.make() as fd, specimen.make() as other:
-        entry = recorded(other)
+        entry = entry_of(other)
         check(entry, fd, same_kernel=False)
         with pytest.raises(Mismatch, match="another object"):
             check(entry, fd)
@@ -220,7 +206,7 @@ def test_another_object_of_the_same_nature_does_not_pass_on_the_same_kernel(kind
 @each_specimen
 def test_what_its_owners_do_meanwhile_changes_nothing(specimen: Specimen) -> None:
     with specimen.make() as fd:
-        entry = recorded(fd)
+        entry = entry_of(fd)
         specimen.use(fd)
         check(entry, fd)
 
@@ -228,9 +214,9 @@ def test_what_its_owners_do_meanwhile_changes_nothing(specimen: Specimen) -> Non
 @each_specimen
 def test_it_is_left_as_it_was(specimen: Specimen) -> None:
     with specimen.make() as fd:
-        recorded(fd)  # what a handler asks the kernel once is asked now
+        entry_of(fd)  # what a handler asks the kernel once is asked now
         before, fds = state_of(fd), open_fds()
-        check(recorded(fd), fd)
+        check(entry_of(fd), fd)
         for handler in HANDLERS:
             handler.recognize(Probe(fd))
         assert state_of(fd) == before

@@ -13,11 +13,10 @@ import pytest
 import trio
 
 import luod_client
+from entries import entry_of
 from faulty import run_module
 from harness import Daemon, until
-from luod.handlers import recognize
-from luod.handlers.base import Probe
-from luod.manifest import Entry, Manifest
+from luod.manifest import Manifest
 from luod.store import Ended
 from luod.succession import ledger
 from luod.succession.ledger import Ending, Ledger, Record, Retrieval
@@ -38,17 +37,7 @@ SESSION_ID: Final = b"of a newer luod."
 def newer_box(name: str = "guest", session_id: bytes = SESSION_ID, at: float = 1.0) -> Generator[tuple[OwnedFd, OwnedFd]]:
     """A box as `NEWER` makes it, of a session with a pipe. Yields it, and the end to read."""
     with pipe() as (read, write):
-        probe = Probe(write.fileno())
-        handler = recognize(probe)
-        entry = Entry(
-            name="pipe",
-            kind=handler.kind,
-            compatible=handler.compatible,
-            metadata=b"",
-            needs=(),
-            identity=probe.identity,
-            facts=handler.record(probe),
-        )
+        entry = entry_of(write.fileno(), "pipe")
         description = Manifest(
             version=2,
             session_id=session_id,

@@ -12,10 +12,9 @@ import attrs
 import msgpack
 import pytest
 
+from entries import entry_of
 from luod import manifest
-from luod.handlers import recognize
-from luod.handlers.base import Probe
-from luod.manifest import Entry, Manifest
+from luod.manifest import Manifest
 from luod.store import Ended
 from luod.succession import ledger
 from luod.succession.adoption import Adopted, adopt
@@ -31,17 +30,7 @@ ID = {name: name.encode().ljust(16, b"-") for name in ("one", "two", "three")}
 
 
 def described(name: str, fd: int, *, session_id: bytes = b"", at: float = 1.0, boot_id: str = BOOT) -> Manifest:
-    probe = Probe(fd)
-    handler = recognize(probe)
-    entry = Entry(
-        name="ram",
-        kind=handler.kind,
-        compatible=handler.compatible,
-        metadata=b"",
-        needs=(),
-        identity=probe.identity,
-        facts=handler.record(probe),
-    )
+    entry = entry_of(fd, "ram")
     return Manifest(
         version=1,
         session_id=session_id or ID[name],

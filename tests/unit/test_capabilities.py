@@ -10,16 +10,15 @@ from functools import partial
 import pytest
 
 from conformance.specimens import SPECIMENS
+from entries import entry_of
 from kernel_standin import KernelStandin
 from luod import survival
 from luod.capabilities import matrix
 from luod.capacity import capacity
 from luod.config import Config
 from luod.custody import Custody
-from luod.handlers import kinds, recognize
-from luod.handlers.base import Probe
+from luod.handlers import kinds
 from luod.handlers.recognizer import Recognizer
-from luod.manifest import Entry, Identity
 from luod.policy import Policy
 from luod.succession.carriable import UNTRIED, Carriable
 from luod.succession.samples import NoSample, sample, sorts
@@ -208,7 +207,7 @@ def test_a_sample_is_of_its_sort(sort: str) -> None:
         return
     with fd:
         assert not os.get_inheritable(fd.fileno())
-        assert _sort_of(fd.fileno()) == sort
+        assert entry_of(fd.fileno()).sort == sort
 
 
 def test_every_specimen_has_a_sort_that_is_listed() -> None:
@@ -216,16 +215,8 @@ def test_every_specimen_has_a_sort_that_is_listed() -> None:
     for specimen in SPECIMENS:
         try:
             with specimen.make() as fd:
-                seen.add(_sort_of(fd))
+                seen.add(entry_of(fd).sort)
         except OSError:
             continue
         assert seen <= {sort for kind in kinds() for sort in sorts(kind)}, specimen.name
     assert {"memfd", "unix socket", "eventfd"} <= seen
-
-
-def _sort_of(fd: int) -> str:
-    probe = Probe(fd)
-    handler = recognize(probe)
-    identity, facts = Identity(device=0, inode=0), handler.record(probe)
-    entry = Entry(name="", kind=handler.kind, compatible=handler.compatible, metadata=b"", needs=(), identity=identity, facts=facts)
-    return entry.sort

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import trio
 
+from entries import entry_of
 from luod import manifest
-from luod.handlers import kinds, recognize
-from luod.handlers.base import Probe
-from luod.manifest import Entry, Manifest
+from luod.handlers import kinds
+from luod.manifest import Manifest
 from luod.session import Session
 from luod.store import Ended, Opaque, Store
 from luod.succession.channel import Channel
@@ -77,17 +77,7 @@ class Heir:
 def boxed(name: str, *, another: bool = False) -> Generator[tuple[Handover, OwnedFd]]:
     """A session's box, and the message that brings it; with the fd of `another` object than the manifest says."""
     with memfd(name.encode()) as described, memfd(b"something else") as other:
-        probe = Probe(described.fileno())
-        handler = recognize(probe)
-        entry = Entry(
-            name="ram",
-            kind=handler.kind,
-            compatible=handler.compatible,
-            metadata=b"",
-            needs=(),
-            identity=probe.identity,
-            facts=handler.record(probe),
-        )
+        entry = entry_of(described.fileno(), "ram")
         description = Manifest(
             version=manifest.VERSIONS.high,
             session_id=name.encode().ljust(16),
@@ -216,17 +206,7 @@ async def test_a_connection_with_a_wire_version_that_is_not_known() -> None:
 
 def half_of_a_session(read: int) -> list[tuple[Handover, Sequence[int]]]:
     """What is sent of an open session up to its connection, with this end of a pipe, and a reply that nobody has read."""
-    probe = Probe(read)
-    handler = recognize(probe)
-    entry = Entry(
-        name="pipe",
-        kind=handler.kind,
-        compatible=handler.compatible,
-        metadata=b"",
-        needs=(),
-        identity=probe.identity,
-        facts=handler.record(probe),
-    )
+    entry = entry_of(read, "pipe")
     opened = OpenSession(session_id=bytes(16), name="half", owner=1001, metadata=b"", opened_at=0.0, entries=2)
     return [(opened, ()), (StagedEntries(entries=(entry,)), [read]), (UnreadReply(data=b""), ()), (UnreadFds(count=1), [read])]
 
