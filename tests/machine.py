@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
 
@@ -25,11 +25,14 @@ def kvm_is_for_everybody() -> bool:
     return os.path.exists(KVM) and os.stat(KVM).st_mode & 0o006 == 0o006
 
 
-def need_program(name: str, package: str) -> None:
-    """Leave the test out when this program isn't installed; where CI=true nothing is left out, and it fails."""
-    if shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is not None:
-        return
-    why = f"{name} is not installed: on Debian, apt-get install {package}"
+def unable(reason: str) -> NoReturn:
+    """Leave the test out, for a reason. In CI (CI=true), where all must be possible, fail it."""
     if os.environ.get("CI") == "true":
-        pytest.fail(why, pytrace=False)
-    pytest.skip(why)
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def need_program(name: str, package: str) -> None:
+    """Leave the test out when this program isn't installed, as `unable`."""
+    if shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is None:
+        unable(f"{name} is not installed: on Debian, apt-get install {package}")

@@ -44,9 +44,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NoReturn, Self
-
-import pytest
+from typing import Final, Self
 
 from leftovers import child_pids
 from luod_protocol.fds import OwnedFd
@@ -92,13 +90,6 @@ class _NoSystemd(AssertionError):
 
 def _systemd() -> str | None:
     return next((path for path in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd") if os.access(path, os.X_OK)), None)
-
-
-def unable(reason: str) -> NoReturn:
-    """Skip the test, for a reason. In CI (CI=true), where all must be possible, fail it."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
 
 
 @functools.cache

@@ -16,8 +16,9 @@ import attrs
 
 import luod_client
 from harness import Daemon
+from machine import unable
 from processes import LIMIT_S, PYTHON, folder_for, start, until
-from systemd_rig import Manager, unable, why_not
+from systemd_rig import Manager, why_not
 
 SERVICE: Final = "luod.service"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ from puppets import ask, everybody_may_connect, puppet_of, refused
 from raw import HELLO, SESSION_ID, STATUS, Raw
 from things import eventfd, let_go, pipe, preserve_pipe, state
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting as several uids takes root")
+pytestmark = pytest.mark.root  # several uids
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_a_runtime_directory_with_a_name_too_long() -> None:
         assert f"{long}/serialize can't be bound: AF_UNIX path too long" in err
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="making a directory of another uid takes root")
+@pytest.mark.root
 def test_a_runtime_directory_of_somebody_else() -> None:
     with folder_for(ALICE) as folder:
         err = refused(1, "--runtime-dir", folder)

@@ -9,11 +9,11 @@ import attrs
 import pytest
 
 import luod_client
+from machine import unable
 from soak.__main__ import main
 from soak.course import Course
 from soak.hosts import HOSTS, Disturbance, NotHere, plain
 from soak.model import Breach, Violation
-from systemd_rig import unable
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from systemd_rig import Manager, unable, why_not
+from machine import unable
+from systemd_rig import Manager, why_not
 
 
 @pytest.fixture

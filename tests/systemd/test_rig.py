@@ -9,8 +9,9 @@ import pytest
 
 import systemd_rig
 from leftovers import child_pids
+from machine import unable
 from processes import ALICE, Talk, spawn_client, until
-from systemd_rig import SHIPPED, UNITS, Manager, unable, why_not
+from systemd_rig import SHIPPED, UNITS, Manager, why_not
 from systemd_standin import SERVICE, service, standin, stored
 
 ALONE = pytest.mark.usefixtures("require_systemd")

@@ -12,7 +12,8 @@ import pytest
 
 from luod.config import Config, LimitsTable, load
 from luod.succession.fdstore import NAMES_BYTES
-from systemd_rig import CHECKOUT, SHIPPED, UNITS, unable
+from machine import unable
+from systemd_rig import CHECKOUT, SHIPPED, UNITS
 
 MAX_ARG_STRLEN = 128 * 1024
 """The longest string that execve(2) takes."""
