@@ -20,7 +20,7 @@ try:
     from luod_client import cli
     from luod_client.demo import guest, kvm
     from luod_client.demo.checks import compare_guest
-    from luod_client.demo.lab import play_a_kexec
+    from luod_client.demo.lab import add_kexec_option, play_a_kexec
     from luod_client.demo.prctl import subreaper
     from luod_client.demo.processes import Daemons
 except ImportError as error:
@@ -157,14 +157,7 @@ def _arguments() -> argparse.Namespace:
         choices=("preserve", "resume"),
         help="only run a guest, stop it and leave it with luod; or only take it back and go on. Without it: both, one after the other",
     )
-    parser.add_argument(
-        "--kexec",
-        nargs="?",
-        const="lab",
-        choices=("before", "after", "lab"),
-        help="go on under another kernel. before: preserve a guest and go to the kernel that is loaded, as root, at once; after: take it "
-        "back there; lab, or nothing: both, in a virtual machine that has such a kernel",
-    )
+    add_kexec_option(parser)
     parser.add_argument("--runtime-dir", metavar="DIR", help="where luod is (default: the usual place; for both, else one is started)")
     parser.add_argument("--session", default="kvm-guest", metavar="NAME", help="its session in luod (default: %(default)s)")
     parser.add_argument("--counts", type=int, default=10_000, metavar="N", help="how far to count, in each process (default: %(default)s)")

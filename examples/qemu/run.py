@@ -25,7 +25,7 @@ try:
 
     import luod_client
     from luod_client.demo.checks import Check
-    from luod_client.demo.lab import play_a_kexec
+    from luod_client.demo.lab import add_kexec_option, play_a_kexec
     from luod_client.demo.prctl import subreaper
     from luod_client.demo.processes import Daemons
     from luod_protocol.fds import OwnedFd
@@ -238,14 +238,7 @@ def _arguments() -> argparse.Namespace:
         description="A QEMU guest that changes its QEMU in mid-count.",
         epilog="Exit status: 0 done, 1 a step failed or something differs (it is said what), 2 usage.",
     )
-    parser.add_argument(
-        "--kexec",
-        nargs="?",
-        const="lab",
-        choices=("before", "after", "lab"),
-        help="go on under another kernel. before: preserve a guest and go to the kernel that is loaded, as root, at once; after: take it "
-        "back there; lab, or nothing: both, in a virtual machine that has such a kernel",
-    )
+    add_kexec_option(parser)
     parser.add_argument("--json", action="store_true", help="what was seen as one JSON document on stdout, and nothing else there")
     parser.add_argument(
         "--ram-mib",

@@ -22,7 +22,7 @@ from luod_protocol.codec import pack
 from luod_protocol.fds import OwnedFd, close_all, duplicate
 from standin_manager import StandinManager, standin_manager
 from things import memfd as plain
-from unit.test_updates import boot_id, keep, luod, memfd, prepared
+from unit.updating import boot_id, keep, luod, memfd, prepared
 
 
 def says(systemd: PidOne | None) -> Callable[[], Awaitable[PidOne | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
@@ -10,6 +11,18 @@ from typing import Final, NoReturn
 
 _VM: Final = ("..", "..", "tests", "lab", "vm.py")
 """From an example's folder."""
+
+
+def add_kexec_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--kexec [before|after|lab]`, of an example with a guest."""
+    parser.add_argument(
+        "--kexec",
+        nargs="?",
+        const="lab",
+        choices=("before", "after", "lab"),
+        help="go on under another kernel. before: preserve a guest and go to the kernel that is loaded, as root, at once; after: take it "
+        "back there; lab, or nothing: both, in a virtual machine that has such a kernel",
+    )
 
 
 def play_a_kexec(run: str, arguments: Sequence[str]) -> NoReturn:
