@@ -19,6 +19,9 @@ from luod_protocol.box import BoxFault
 from luod_protocol.errors import Code, Refusal
 from luod_protocol.fds import close_all, duplicate
 
+UNREADABLE: Final = "this luod can neither read them nor send them along; upgrade luod first"
+"""Why what is opaque can't travel, and what to do."""
+
 _LOOK_AT_ONCE: Final = 128
 
 
@@ -50,7 +53,10 @@ async def report(custody: Custody, seq: int) -> m.PreflightReport:
         memory_bytes=memory,
         hole_bytes=holes,
         open_sessions=tuple(told(each) for each in custody.store if each.state is SessionState.OPEN),
-        cannot={f"{told(each)}, id {each.session_id.hex()}": excluded[each.session_id] for each in sessions if each.session_id in excluded},
+        cannot={
+            **{f"{told(each)}, id {each.session_id.hex()}": excluded[each.session_id] for each in sessions if each.session_id in excluded},
+            **dict.fromkeys(opaque(custody), UNREADABLE),
+        },
     )
 
 
@@ -75,6 +81,12 @@ def cannot(custody: Custody, sessions: Iterable[Session]) -> dict[bytes, str]:
             entry = next(each for each in session.contents if each.sort in refused)
             found[session.session_id] = f"entry {entry.name!r}: {carriable.why_not((entry.sort,))}"
     return found
+
+
+def opaque(custody: Custody) -> tuple[str, ...]:
+    """What of a newer luod's is here and can't travel, in words; empty without any."""
+    many = len(custody.store.opaque)
+    return (f"{many} sessions of a newer luod",) if many else ()
 
 
 def told(session: Session) -> str:

@@ -29,7 +29,7 @@ from luod.changes import Change, Departure, Retrieval, Sealing
 from luod.custody import Custody
 from luod.gate import Gate
 from luod.lifecycle import SessionState
-from luod.preflight import cannot, impossible, report, told
+from luod.preflight import UNREADABLE, cannot, impossible, opaque, report, told
 from luod.session import Session
 from luod.succession.kernel import Arrival, Cargo, Hold
 from luod.succession.kernel_table import UpdateEvent, UpdateState, step
@@ -222,12 +222,8 @@ class Updates:
                 f"can't travel: {'. '.join(texts[:5])}{more}. Finish or discard them, or leave them behind, where they end with the kernel "
                 "(--leave-behind SESSION, or --force for all)",
             )
-        foreign = len(custody.store.opaque)
-        if foreign and not request.force:
-            raise Refusal(
-                Code.CANNOT_SURVIVE,
-                f"luod holds {foreign} sessions of a newer luod that it can't read nor send along: upgrade luod first, or say --force",
-            )
+        for text in opaque(custody) if not request.force else ():
+            raise Refusal(Code.CANNOT_SURVIVE, f"luod holds {text}: {UNREADABLE}, or say --force")
         fault = impossible(custody, (each for each in sessions if each.session_id not in named | excluded.keys()))
         if fault:
             raise Refusal(Code.CANNOT_SURVIVE, fault)
@@ -294,7 +290,7 @@ class Updates:
 
     def _note_left(self) -> None:
         left = [told(each) for each in self._host.custody.store if each.session_id not in self._cargo and self._is_left(each)]
-        more = [f"and {len(left) - MAX_NAMED} more"] if len(left) > MAX_NAMED else []
+        more = [*([f"and {len(left) - MAX_NAMED} more"] if len(left) > MAX_NAMED else []), *opaque(self._host.custody)]
         self._left_behind = (*left[:MAX_NAMED], *more)
 
     def _is_left(self, session: Session) -> bool:

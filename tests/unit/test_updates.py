@@ -13,6 +13,7 @@ import pytest
 
 from kernel_standin import KernelStandin
 from luod.live import revive
+from luod.store import Opaque
 from luod.succession import kernel as succession
 from luod.succession.kernel import Arrival, collect, unload
 from luod.succession.liveupdate import LiveUpdateFault
@@ -183,6 +184,19 @@ async def test_what_cannot_travel_is_refused_and_named(kernel: KernelStandin) ->
             await control.prepare(deadline_s=NO_WAIT, leave_behind=["mixed"])
         status = await first.until("prepared")
         assert (status.carried, len(status.left_behind)) == (0, 1)
+
+
+async def test_what_is_a_newer_luods_is_in_the_way_and_named_when_it_is_left(kernel: KernelStandin) -> None:
+    async with luod(kernel) as first:
+        first.server.adopt_opaque(Opaque(box=memfd(b"of a newer luod"), stored=""))
+        async with aio.control(runtime_dir=first.directory) as control:
+            ((text, why),) = (await control.preflight()).cannot.items()
+            assert (text, "upgrade luod first" in why) == ("1 sessions of a newer luod", True)
+            with pytest.raises(Refusal, match=r"luod holds 1 sessions of a newer luod: .* or say --force"):
+                await control.prepare(deadline_s=NO_WAIT)
+            assert (await prepared(first, force=True)).left_behind == ("1 sessions of a newer luod",)
+            await control.cancel_update()
+        close_all(each.box for each in first.server.store.opaque)
 
 
 def refuse(call: str, number: int = errno.ENOMEM, *, nth: int = 1) -> Callable[[str], None]:

@@ -113,7 +113,7 @@ def _problems(report: m.PreflightReport, args: argparse.Namespace) -> list[str]:
         problems.append("only root can reboot")
     if not args.force:
         problems += [
-            f"{text} can't travel: {why} (--leave-behind, or finish it)"
+            f"{text} can't travel: {why} (finish it, --leave-behind, or --force)"
             for text, why in report.cannot.items()
             if not any(f"{name!r}" in text or text.endswith(f" {name}") for name in args.leave_behind)
         ]
