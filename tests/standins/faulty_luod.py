@@ -36,7 +36,7 @@ import attrs
 import trio
 
 from luod import __main__ as luod_main
-from luod import upgrades, verify
+from luod import starting, upgrades, verify
 from luod.handlers.base import Mismatch
 from luod.notify import Manager, ManagerFault
 from luod.server import Server
@@ -124,7 +124,7 @@ CALLS: Final[Mapping[str, tuple[ModuleType | type, str]]] = {
     "spawn": (upgrades, "spawn"),
     "thaw": (Server, "thaw"),
     "exit": (luod_main, "_exit"),
-    "adopt": (luod_main, "adopt"),
+    "adopt": (starting, "adopt"),
 }
 """Functions that are steps."""
 
